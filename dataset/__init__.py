@@ -1,0 +1,1 @@
+"""Audio, captions and manifests: from files on disk to batches."""

@@ -1,0 +1,238 @@
+"""The one audio loader: windows of any audio file, read with seek.
+
+A window is decoded from just before its first sample to just after its last
+one, never from the whole file, and resampled with a margin so that its
+samples are those of the whole file resampled and cut, to the last bit or two
+of the rounding.
+"""
+
+import functools
+import math
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+
+# Every format that libsndfile decodes, by the file endings in use.
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif")
+
+
+class AudioError(Exception):
+    """An audio file that cannot be used; the message is the reason."""
+
+
+def open_audio(path):
+    """Open an audio file, or say why it cannot be used.
+
+    Arguments
+    ---------
+    path : str
+        A file in any format that libsndfile reads.
+
+    Returns
+    -------
+    soundfile.SoundFile
+
+    Raises
+    ------
+    AudioError
+        The file is missing, is not audio, or holds no samples.
+    """
+    try:
+        file = soundfile.SoundFile(path)
+    except (soundfile.LibsndfileError, OSError, TypeError) as error:
+        raise AudioError(f"cannot be opened: {error}") from error
+    if file.frames <= 0:
+        file.close()
+        raise AudioError("holds no samples")
+    return file
+
+
+def probe_seconds(path):
+    """Length of an audio file in seconds, from its header.
+
+    Raises
+    ------
+    AudioError
+        As `open_audio`.
+    """
+    with open_audio(path) as file:
+        return file.frames / file.samplerate
+
+
+@functools.lru_cache(maxsize=32)
+def _resampler(orig_rate, sample_rate):
+    """The resampler between two rates, its kernel computed once.
+
+    Returns
+    -------
+    tuple
+        The transform; the period (orig_rate / gcd input frames make
+        sample_rate / gcd output samples); the margin in periods that covers
+        half of the filter's support.
+    """
+    transform = torchaudio.transforms.Resample(orig_rate, sample_rate)
+    gcd = math.gcd(orig_rate, sample_rate)
+    period = (orig_rate // gcd, sample_rate // gcd)
+    # torchaudio's kernel reaches `width` input frames to either side.
+    cutoff = min(period) * transform.rolloff
+    width = math.ceil(transform.lowpass_filter_width * period[0] / cutoff)
+    return transform, period, math.ceil(width / period[0])
+
+
+def _read(file, begin, end):
+    """Frames begin..end of an open file as float32 mono, (frames,)."""
+    try:
+        file.seek(begin)
+        frames = file.read(end - begin, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise AudioError(f"cannot be decoded: {error}") from error
+    mono = frames.mean(axis=1) if frames.shape[1] > 1 else frames[:, 0]
+    return torch.from_numpy(np.ascontiguousarray(mono))
+
+
+def read_samples(file, sample_rate, begin, end):
+    """Samples begin..end of an open file at another rate.
+
+    Arguments
+    ---------
+    file : soundfile.SoundFile
+        As `open_audio` returns it.
+    sample_rate : int
+        Rate of the result in Hz.
+    begin, end : int
+        First sample and the one after the last, counted at `sample_rate`.
+
+    Returns
+    -------
+    torch.Tensor
+        Mean of the channels, float32, (end - begin,); shorter where the file
+        ends earlier. The same samples as those of the whole file resampled.
+
+    Raises
+    ------
+    AudioError
+        Nothing could be decoded there, or it holds NaN or infinite values.
+    """
+    if file.samplerate == sample_rate:
+        samples = _read(file, begin, min(end, file.frames))
+    else:
+        transform, (orig, new), margin = _resampler(
+            file.samplerate, sample_rate
+        )
+        first = max(begin // new - margin, 0)
+        last = -(-end // new) + margin
+        frames = _read(file, first * orig, min(last * orig, file.frames))
+        samples = frames
+        if len(frames):
+            offset = begin - first * new
+            samples = transform(frames)[offset : offset + end - begin]
+    if not len(samples):
+        raise AudioError("is truncated: no samples where its header has some")
+    if not torch.isfinite(samples).all():
+        raise AudioError("holds NaN or infinite samples")
+    return samples
+
+
+class AudioReader:
+    """Reads windows of a fixed length, mono, at a fixed rate.
+
+    Arguments
+    ---------
+    sample_rate : int
+        Rate of the windows in Hz.
+    duration : float
+        Length of the windows in seconds.
+    short : str
+        What fills the window of a shorter file: "repeat" plays it again,
+        "zero" adds silence behind it.
+
+    Raises
+    ------
+    ValueError
+        `short` is neither.
+    """
+
+    def __init__(self, sample_rate, duration, short="repeat"):
+        if short not in ("repeat", "zero"):
+            raise ValueError(f"short is '{short}': give 'repeat' or 'zero'")
+        self.sample_rate = int(sample_rate)
+        self.num_samples = round(duration * sample_rate)
+        self.short = short
+
+    def crop(self, path, fraction=0.5, start=None):
+        """One window of a file.
+
+        Arguments
+        ---------
+        path : str
+            The audio file.
+        fraction : float
+            Where in a longer file: 0 is its first window, 1 its last one,
+            0.5 the centre. Uniform random fractions give random crops.
+        start : float
+            Start in seconds instead; past the last window, the last one.
+
+        Returns
+        -------
+        torch.Tensor
+            (num_samples,) float32.
+
+        Raises
+        ------
+        AudioError
+            The file cannot be read there.
+        """
+        with open_audio(path) as file:
+            spare = max(self._length(file) - self.num_samples, 0)
+            if start is None:
+                begin = min(int(fraction * (spare + 1)), spare)
+            else:
+                begin = min(max(round(start * self.sample_rate), 0), spare)
+            return self._window(file, begin)
+
+    def windows(self, path):
+        """Consecutive windows that cover a whole file.
+
+        The last window of a file that is not a whole number of windows long
+        ends with the file, and so overlaps the one before it.
+
+        Arguments
+        ---------
+        path : str
+            The audio file.
+
+        Returns
+        -------
+        torch.Tensor
+            (windows, num_samples) float32.
+
+        Raises
+        ------
+        AudioError
+            The file cannot be read.
+        """
+        with open_audio(path) as file:
+            spare = max(self._length(file) - self.num_samples, 0)
+            count = -(-spare // self.num_samples) + 1
+            begins = (min(i * self.num_samples, spare) for i in range(count))
+            return torch.stack([self._window(file, b) for b in begins])
+
+    def _length(self, file):
+        """Length of an open file in samples at the reader's rate."""
+        return math.ceil(file.frames * self.sample_rate / file.samplerate)
+
+    def _window(self, file, begin):
+        """The window of an open file from sample `begin` on, made full."""
+        samples = read_samples(
+            file, self.sample_rate, begin, begin + self.num_samples
+        )
+        missing = self.num_samples - len(samples)
+        if missing == 0:
+            return samples
+        if self.short == "zero":
+            return torch.nn.functional.pad(samples, (0, missing))
+        return samples.repeat(-(-self.num_samples // len(samples)))[
+            : self.num_samples
+        ]

@@ -1,0 +1,128 @@
+"""Manifests: CSV files that pair audio files with captions.
+
+The columns `ID,wav_path,caption` come first and more may follow (`duration`
+and `start` in seconds, `similarity`, `dataset`). They are read with pandas, as
+text, and never through SpeechBrain's CSV reader, which takes every `$word` in
+a cell for a variable to substitute.
+"""
+
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pandas as pd
+from tqdm import tqdm
+
+from dataset.audio import AudioError, probe_seconds
+
+logger = logging.getLogger(__name__)
+
+
+def write_csv(frame, path):
+    """Write a table whole or not at all: beside its place, then renamed."""
+    partial = f"{path}.partial"
+    frame.to_csv(partial, index=False)
+    os.replace(partial, path)
+
+
+def read_pairs(path, flag, audio_folder=None):
+    """Read a CSV of audio-caption pairs.
+
+    Arguments
+    ---------
+    path : str
+        CSV with a header; `wav_path` and `caption` are needed, `ID`, `start`
+        and others may be there.
+    flag : str
+        The flag that named the file, for errors.
+    audio_folder : str
+        Where relative audio paths start; by default in the CSV's folder.
+
+    Returns
+    -------
+    pandas.DataFrame
+        `ID`, `wav_path` (absolute) and `caption` first; `start`, if there, as
+        float seconds (NaN where empty); every other cell as text.
+
+    Raises
+    ------
+    ValueError
+        The file cannot be read, has no rows, lacks a column, or has an empty
+        path or a `start` that is no number; the message names the first row.
+    """
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--{flag}={path} cannot be read: {error}") from error
+    missing = [c for c in ("wav_path", "caption") if c not in frame]
+    if missing:
+        raise ValueError(
+            f"--{flag}={path} lacks the column(s) {', '.join(missing)}; its "
+            f"header is {', '.join(frame.columns)}. Give a CSV with the "
+            "header wav_path,caption."
+        )
+    if frame.empty:
+        raise ValueError(f"--{flag}={path} has no rows")
+    empty = frame.index[frame["wav_path"].str.strip() == ""]
+    if len(empty):
+        # Row 1 is the header, as a spreadsheet counts.
+        raise ValueError(f"--{flag}={path}: row {empty[0] + 2} has no wav_path")
+    if "start" in frame:
+        start = pd.to_numeric(frame["start"], errors="coerce")
+        wrong = frame.index[start.isna() & (frame["start"].str.strip() != "")]
+        if len(wrong):
+            raise ValueError(
+                f"--{flag}={path}: row {wrong[0] + 2} has the start "
+                f"'{frame['start'][wrong[0]]}', which is no number of seconds"
+            )
+        frame["start"] = start
+    if "ID" not in frame:
+        frame["ID"] = [str(i) for i in range(len(frame))]
+    folder = os.path.abspath(audio_folder or os.path.dirname(path) or ".")
+    # One spelling of a path, or one recording could count as two.
+    frame["wav_path"] = [
+        os.path.normpath(os.path.join(folder, p)) for p in frame["wav_path"]
+    ]
+    first = ["ID", "wav_path", "caption"]
+    return frame[first + [c for c in frame.columns if c not in first]]
+
+
+def probe_audio(paths, threads=16):
+    """Look into the header of every audio file.
+
+    Arguments
+    ---------
+    paths : iterable of str
+        Audio files; each distinct one is opened once.
+    threads : int
+        Files opened at a time (headers wait for the disk, not the processor).
+
+    Returns
+    -------
+    tuple
+        A dict path -> seconds of the usable files, and a dict path -> reason
+        of the others ("missing", or why it cannot be read).
+    """
+
+    def probe(path):
+        if not os.path.exists(path):
+            return "missing"
+        try:
+            return probe_seconds(path)
+        except AudioError as error:
+            return str(error)
+
+    paths = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor(threads) as pool:
+        results = list(
+            tqdm(
+                pool.map(probe, paths),
+                total=len(paths),
+                desc="audio headers",
+                unit="file",
+                disable=len(paths) < 1000,
+            )
+        )
+    seconds = {p: r for p, r in zip(paths, results) if isinstance(r, float)}
+    failed = {p: r for p, r in zip(paths, results) if isinstance(r, str)}
+    return seconds, failed

@@ -1,0 +1,219 @@
+"""From manifests to batches of waveforms and tokens."""
+
+import logging
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import Dataset
+
+from dataset.audio import AudioError
+
+logger = logging.getLogger(__name__)
+
+# Unreadable clips in a row before a row of the data set is given up.
+_MAX_REPLACEMENTS = 20
+
+
+@dataclass
+class PairBatch:
+    """Audio-caption pairs of one batch.
+
+    `wavs` is (batch, samples), `tokens` a dict of (batch, length), `clip_ids`
+    and `caption_ids` are (batch,) integers, equal where the audio file or the
+    caption is the same. `unreadable` maps paths to reasons, for the files in
+    whose place other pairs stand.
+    """
+
+    wavs: torch.Tensor
+    tokens: dict
+    clip_ids: torch.Tensor
+    caption_ids: torch.Tensor
+    unreadable: dict = field(default_factory=dict)
+
+    def to(self, device):
+        """The batch with its tensors on a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self):
+        """The batch in pinned memory; the loader calls it."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function):
+        return PairBatch(
+            wavs=function(self.wavs),
+            tokens={k: function(v) for k, v in self.tokens.items()},
+            clip_ids=function(self.clip_ids),
+            caption_ids=function(self.caption_ids),
+            unreadable=self.unreadable,
+        )
+
+
+class PairDataset(Dataset):
+    """Audio-caption pairs, cut to one window each.
+
+    A pair with a known `start` is cut there, any other at a random place that
+    depends on the seed, the epoch and the row alone. A row whose audio cannot
+    be read is replaced by another one of the same set, and reported with the
+    example, so that batches stay full.
+
+    Arguments
+    ---------
+    manifests : list of pandas.DataFrame
+        Sets of pairs with `wav_path`, `caption` and, where known, `start` in
+        seconds; the rows are numbered through.
+    reader : dataset.audio.AudioReader
+        Reads the windows.
+    seed : int
+        Seed of the crops.
+    """
+
+    def __init__(self, manifests, reader, seed):
+        pairs = pd.concat(manifests, ignore_index=True)
+        # Arrays, not a list of dictionaries: workers share them, and a million
+        # pairs take a tenth of the memory.
+        self.wav_paths = pairs["wav_path"].to_numpy(dtype=object)
+        self.captions = pairs["caption"].to_numpy(dtype=object)
+        self.clip_ids = pd.factorize(pairs["wav_path"])[0]
+        self.caption_ids = pd.factorize(pairs["caption"])[0]
+        self.starts = np.full(len(pairs), np.nan)
+        if "start" in pairs:
+            self.starts = pairs["start"].to_numpy(dtype=float)
+        self.ends = np.cumsum([len(manifest) for manifest in manifests])
+        self.reader = reader
+        self.seed = seed
+
+    def __len__(self):
+        """Number of pairs."""
+        return len(self.wav_paths)
+
+    def __getitem__(self, draw):
+        """One pair.
+
+        Arguments
+        ---------
+        draw : tuple of int, or int
+            Epoch and row, as `MixedBatchSampler` yields them; a row alone
+            stands for epoch 0.
+
+        Returns
+        -------
+        dict
+            `wav` (samples,), `caption`, `clip_id`, `caption_id`, `unreadable`.
+
+        Raises
+        ------
+        AudioError
+            Too many clips in turn cannot be read.
+        """
+        epoch, row = draw if isinstance(draw, tuple) else (0, draw)
+        rng = np.random.default_rng((self.seed, epoch, row))
+        end = self.ends[np.searchsorted(self.ends, row, side="right")]
+        begin = max([0, *self.ends[self.ends < end]])
+        unreadable = {}
+        for _ in range(_MAX_REPLACEMENTS):
+            path, start = self.wav_paths[row], self.starts[row]
+            try:
+                wav = self.reader.crop(
+                    path, rng.random(), None if np.isnan(start) else start
+                )
+            except AudioError as error:
+                unreadable[path] = str(error)
+                row = int(rng.integers(begin, end))
+            else:
+                return {
+                    "wav": wav,
+                    "caption": self.captions[row],
+                    "clip_id": int(self.clip_ids[row]),
+                    "caption_id": int(self.caption_ids[row]),
+                    "unreadable": unreadable,
+                }
+        reasons = "; ".join(f"{p} {r}" for p, r in unreadable.items())
+        raise AudioError(f"No readable clip in {_MAX_REPLACEMENTS}: {reasons}")
+
+
+class PairCollator:
+    """Makes a `PairBatch` of examples; captions padded to the longest one.
+
+    Arguments
+    ---------
+    tokenize : callable
+        List of captions -> dict of tensors.
+    """
+
+    def __init__(self, tokenize):
+        self.tokenize = tokenize
+
+    def __call__(self, examples):
+        """List of examples of `PairDataset` -> PairBatch."""
+        unreadable = {}
+        for example in examples:
+            unreadable |= example["unreadable"]
+        return PairBatch(
+            wavs=torch.stack([e["wav"] for e in examples]),
+            tokens=self.tokenize([e["caption"] for e in examples]),
+            clip_ids=torch.tensor([e["clip_id"] for e in examples]),
+            caption_ids=torch.tensor([e["caption_id"] for e in examples]),
+            unreadable=unreadable,
+        )
+
+
+@dataclass
+class WindowBatch:
+    """Clips of one batch in windows.
+
+    `windows` is (sum of counts, samples), clip after clip; `rows` and `counts`
+    are the clips' rows in the data set and their numbers of windows.
+    `unreadable` maps the rows of other clips to the reason.
+    """
+
+    windows: torch.Tensor
+    rows: list
+    counts: list
+    unreadable: dict
+
+    def pin_memory(self):
+        """The batch in pinned memory; the loader calls it."""
+        self.windows = self.windows.pin_memory()
+        return self
+
+
+class WindowDataset(Dataset):
+    """Whole clips in consecutive windows, for evaluation.
+
+    Arguments
+    ---------
+    wav_paths : sequence of str
+        Audio files.
+    reader : dataset.audio.AudioReader
+        Reads the windows.
+    """
+
+    def __init__(self, wav_paths, reader):
+        self.wav_paths = list(wav_paths)
+        self.reader = reader
+
+    def __len__(self):
+        """Number of clips."""
+        return len(self.wav_paths)
+
+    def __getitem__(self, row):
+        """(row, windows, None), or (row, None, reason)."""
+        try:
+            return row, self.reader.windows(self.wav_paths[row]), None
+        except AudioError as error:
+            return row, None, str(error)
+
+
+def collate_windows(examples):
+    """List of items of `WindowDataset` -> WindowBatch."""
+    good = [
+        (row, windows) for row, windows, _ in examples if windows is not None
+    ]
+    return WindowBatch(
+        windows=torch.cat([w for _, w in good]) if good else torch.empty(0),
+        rows=[row for row, _ in good],
+        counts=[len(w) for _, w in good],
+        unreadable={row: why for row, _, why in examples if why is not None},
+    )

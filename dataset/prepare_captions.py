@@ -1,0 +1,829 @@
+"""Audio-caption pairs from data sets in their official layouts, or a CSV.
+
+Finds the annotations and audio of any of these below one folder, checks the
+header of every audio file, and splits the recordings into training and
+validation manifests:
+
+- AudioCaps: Kim et al., "AudioCaps: Generating Captions for Audios in The
+  Wild", NAACL-HLT 2019.
+- Clotho: Drossos et al., "Clotho: an Audio Captioning Dataset", ICASSP 2020,
+  arXiv 1910.09387.
+- MACS: Martín-Morató and Mesaros, "What is the ground truth? Reliability of
+  multi-annotator data for audio tagging", EUSIPCO 2021, arXiv 2104.04214.
+- FSD50K: Fonseca et al., "FSD50K: an Open Dataset of Human-Labeled Sound
+  Events", IEEE/ACM TASLP 2022, arXiv 2010.00475. Its captions are the titles
+  and descriptions that the uploaders gave their sounds.
+- Index files of any other collection, `*_index.tsv`: path<TAB>caption.
+"""
+
+import csv
+import html
+import json
+import logging
+import os
+import random
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from dataset.audio import AUDIO_SUFFIXES
+from dataset.manifest import probe_audio, read_pairs, write_csv
+
+logger = logging.getLogger(__name__)
+
+OUTPUTS = (
+    "train_raw.csv",
+    "valid_raw.csv",
+    "skipped_audio.csv",
+    "prepare.json",
+)
+
+LOOKED_FOR = """\
+  AudioCaps: any .csv with the header audiocap_id,youtube_id,start_time,caption
+  Clotho: clotho_captions_{development,validation,evaluation}.csv
+  MACS: MACS.yaml
+  FSD50K: {dev,eval}.csv in FSD50K.ground_truth/, or with the header
+    fname,labels,mids
+  index files: *_index.tsv"""
+
+AUDIOCAPS_COLUMNS = ["audiocap_id", "youtube_id", "start_time", "caption"]
+CLOTHO_COLUMNS = ["file_name"] + [f"caption_{i}" for i in range(1, 6)]
+CLOTHO_NAME = re.compile(
+    r"clotho_captions_(development|validation|evaluation)\.csv"
+)
+FSD50K_INFO = "{}_clips_info_FSD50K.json"
+
+# Stems of the annotation files of the official test splits.
+TEST_SPLITS = {
+    "audiocaps": "test",
+    "clotho": "clotho_captions_evaluation",
+    "fsd50k": "eval",
+}
+
+# A link goes with its text, which is nearly always an address or a name.
+HTML_LINK = re.compile(
+    r"<a\b[^>]*>.*?</a>|(?:https?://|www\.)[^\s\"'<>]+", re.I | re.S
+)
+HTML_BREAK = re.compile(r"</?(?:br|p|div|ul|ol|li)\b[^>]*>", re.I)
+# A letter must follow, so that "5 < 6 and 7 > 6" stays whole.
+HTML_TAG = re.compile(r"</?[a-z][^>]*>", re.I)
+
+
+def prepare_captions(
+    save_folder,
+    data_annot_folder=None,
+    train_csv_path=None,
+    valid_pct=0.05,
+    subset_pct=1.0,
+    overfit_size=None,
+    official_test_splits=True,
+    max_bad_audio=0.05,
+    seed=1234,
+    curation_csv=None,
+    data_curation_folder=None,
+):
+    """Write the training and validation manifests of audio-caption pairs.
+
+    Writes `train_raw.csv` and `valid_raw.csv` (`ID,wav_path,caption,dataset,
+    duration`, and `start` if the ready CSV has it), `curated_raw.csv` if there
+    are curated pairs, `skipped_audio.csv` (`wav_path,reason`) and, last,
+    `prepare.json` (arguments and counts). With the arguments of the run
+    before, its files are used again.
+
+    Arguments
+    ---------
+    save_folder : str
+        Folder of the four files; made if absent.
+    data_annot_folder : str
+        Folder that holds AudioCaps, Clotho, MACS, FSD50K or `*_index.tsv`
+        files, annotations and audio, at any depth.
+    train_csv_path : str
+        A ready CSV with `wav_path` and `caption`, used besides the folder.
+    valid_pct : float
+        Fraction of the recordings to validate on, at least one.
+    subset_pct : float
+        Fraction of the other recordings to train on.
+    overfit_size : int
+        Train and validate on this many pairs, the same ones, to see whether a
+        model can learn them by heart.
+    official_test_splits : bool
+        Whether the test splits of AudioCaps, Clotho and FSD50K are used too.
+    max_bad_audio : float
+        Fraction of the files present that may be unreadable.
+    seed : int
+        Seed of the split.
+    curation_csv : str
+        Curated pairs, a CSV as `train_csv_path`; they are not split.
+    data_curation_folder : str
+        Where relative paths in it start, instead of its own folder.
+
+    Returns
+    -------
+    dict
+        "datasets": for each one `clips`, `captions` and `hours` that can be
+        used, clips `missing` and `unreadable`, captions dropped as empty
+        (`no_caption`) or `duplicates`, and captions `held_out`. "train",
+        "valid" and perhaps "curated": `clips`, `captions` and `hours`.
+
+    Raises
+    ------
+    ValueError
+        An argument is out of range, nothing was recognised, an annotation
+        file is broken, or too much audio is missing or unreadable.
+    FileNotFoundError
+        `data_annot_folder` or a file that belongs to an annotation is absent.
+    """
+    arguments = {
+        "data_annot_folder": data_annot_folder
+        and os.path.abspath(data_annot_folder),
+        "train_csv_path": train_csv_path and os.path.abspath(train_csv_path),
+        "valid_pct": valid_pct,
+        "subset_pct": subset_pct,
+        "overfit_size": overfit_size,
+        "official_test_splits": official_test_splits,
+        "max_bad_audio": max_bad_audio,
+        "seed": seed,
+        "curation_csv": curation_csv and os.path.abspath(curation_csv),
+        "data_curation_folder": data_curation_folder
+        and os.path.abspath(data_curation_folder),
+    }
+    _check_arguments(arguments)
+    train_csv, valid_csv, skipped_csv, record = (
+        os.path.join(save_folder, name) for name in OUTPUTS
+    )
+    if os.path.exists(record):
+        counts = _earlier_counts(save_folder, arguments)
+        if counts is not None:
+            return counts
+        # Were it left, a run that ends early would leave it beside files of
+        # other arguments.
+        os.remove(record)
+
+    pairs = _collect(
+        arguments["data_annot_folder"],
+        arguments["train_csv_path"],
+        official_test_splits,
+    )
+    pairs["fate"] = _fates(pairs)
+    wanted = pairs["wav_path"][pairs["fate"] == "used"].unique()
+    seconds, failed = _probe(wanted)
+    curated = None
+    skipped = dict(failed)
+    if curation_csv:
+        curated, gone = _curated(curation_csv, data_curation_folder)
+        skipped |= gone
+    os.makedirs(save_folder, exist_ok=True)
+    write_csv(
+        pd.DataFrame(skipped.items(), columns=["wav_path", "reason"]),
+        skipped_csv,
+    )
+    _check_audio(seconds, failed, max_bad_audio, skipped_csv)
+
+    _mark_failed(pairs, failed)
+    pairs["duration"] = pairs["wav_path"].map(seconds)
+    used = _manifest(pairs)
+    train, valid = _split(used, valid_pct, subset_pct, overfit_size, seed)
+    write_csv(train, train_csv)
+    write_csv(valid, valid_csv)
+
+    counts = {
+        "datasets": _count_datasets(pairs),
+        "train": _totals(train),
+        "valid": _totals(valid),
+    }
+    if curated is not None:
+        _check_curated(curated, gone, max_bad_audio, skipped_csv)
+        write_csv(curated, os.path.join(save_folder, "curated_raw.csv"))
+        counts["curated"] = _totals(curated)
+    _log_counts(counts, skipped_csv)
+    _write_json({"arguments": arguments, "counts": counts}, record)
+    return counts
+
+
+def _check_arguments(arguments):
+    """Raise for the first argument that is absent or out of range."""
+    if not (arguments["data_annot_folder"] or arguments["train_csv_path"]):
+        raise ValueError(
+            "No training data: give --data_annot_folder, --train_csv_path or "
+            "both"
+        )
+
+    fraction = (int, float)
+    limits = {
+        "valid_pct": (
+            fraction,
+            lambda value: 0 < value < 1,
+            "a fraction, above 0 and below 1",
+        ),
+        "subset_pct": (
+            fraction,
+            lambda value: 0 < value <= 1,
+            "a fraction, above 0 and at most 1",
+        ),
+        "max_bad_audio": (
+            fraction,
+            lambda value: 0 <= value <= 1,
+            "a fraction, from 0 to 1",
+        ),
+    }
+    if arguments["overfit_size"] is not None:
+        limits["overfit_size"] = (
+            int,
+            lambda value: value >= 1,
+            "a whole number of pairs, at least 1, or nothing",
+        )
+    for flag, (types, allows, allowed) in limits.items():
+        value = arguments[flag]
+        if not isinstance(value, types) or not allows(value):
+            raise ValueError(f"--{flag}={value}: give {allowed}")
+
+
+def _earlier_counts(save_folder, arguments):
+    """Counts of the run before if its files can be used again, else None."""
+    with open(
+        os.path.join(save_folder, "prepare.json"), encoding="utf-8"
+    ) as file:
+        earlier = json.load(file)
+    changed = [
+        f"{flag} ({earlier['arguments'].get(flag)} -> {value})"
+        for flag, value in arguments.items()
+        if earlier["arguments"].get(flag) != value
+    ]
+    if changed:
+        logger.warning(
+            "%s was prepared with other arguments and is prepared again: %s",
+            save_folder,
+            ", ".join(changed),
+        )
+        return None
+    for name in OUTPUTS:
+        if not os.path.exists(os.path.join(save_folder, name)):
+            logger.warning(
+                "%s lacks %s and is prepared again", save_folder, name
+            )
+            return None
+    logger.info(
+        "Using the captions prepared in %s with the same arguments; delete "
+        "its prepare.json if the data changed",
+        save_folder,
+    )
+    return earlier["counts"]
+
+
+# ---- Finding annotations and audio ----------------------------------------
+
+
+@dataclass
+class _Found:
+    """What one walk of the data folder found.
+
+    Arguments
+    ---------
+    annotations : list
+        Pairs of the data set's name and the path of an annotation file.
+    fsd50k_info : dict
+        File name -> paths of FSD50K's clip metadata.
+    audio : dict
+        Stem of the file name -> paths of audio files.
+    """
+
+    annotations: list = field(default_factory=list)
+    fsd50k_info: dict = field(default_factory=dict)
+    audio: dict = field(default_factory=dict)
+
+    def locate(self, stems, near, folder=None):
+        """Path of the audio file with the first of the stems that is there.
+
+        Arguments
+        ---------
+        stems : iterable of str
+            File names without ending, the likeliest first.
+        near : str
+            The annotation file, to choose among equal names.
+        folder : str
+            Name of the folder where the layout has the file.
+
+        Returns
+        -------
+        str
+            None if there is no such file.
+        """
+        for stem in stems:
+            if stem in self.audio:
+                return _nearest(self.audio[stem], near, folder)
+        return None
+
+
+def _nearest(paths, near, folder=None):
+    """The path in the named folder, or else closest to another in the tree."""
+    if len(paths) == 1:
+        return paths[0]
+
+    def rank(path):
+        elsewhere = os.path.basename(os.path.dirname(path)) != folder
+        return elsewhere, -len(os.path.commonpath((path, near))), path
+
+    return min(paths, key=rank)
+
+
+def _walk(top):
+    """The folders of a tree and their files, each folder once.
+
+    Folders behind links are part of it; a link back up does not lead round
+    in a circle.
+    """
+    seen = {os.path.realpath(top)}
+
+    def report(error):
+        logger.warning("Left out, cannot be listed: %s", error)
+
+    for folder, subfolders, files in os.walk(
+        top, onerror=report, followlinks=True
+    ):
+        yield folder, sorted(files)
+        fresh = []
+        for name in sorted(subfolders):
+            real = os.path.realpath(os.path.join(folder, name))
+            if real not in seen:
+                seen.add(real)
+                fresh.append(name)
+        subfolders[:] = fresh
+
+
+def _scan(top):
+    """Sort the files of a tree into annotations and audio."""
+    found = _Found()
+    info_names = [FSD50K_INFO.format(split) for split in ("dev", "eval")]
+    for folder, files in _walk(top):
+        for name in files:
+            stem, suffix = os.path.splitext(name)
+            path = os.path.join(folder, name)
+            if suffix.lower() in AUDIO_SUFFIXES:
+                found.audio.setdefault(stem, []).append(path)
+            elif name in info_names:
+                found.fsd50k_info.setdefault(name, []).append(path)
+            elif dataset := _recognise(folder, name):
+                found.annotations.append((dataset, path))
+    found.annotations.sort()
+    return found
+
+
+def _recognise(folder, name):
+    """Data set that a file annotates, or None."""
+    if CLOTHO_NAME.fullmatch(name):
+        return "clotho"
+    if name == "MACS.yaml":
+        return "macs"
+    if name.endswith("_index.tsv"):
+        return name.removesuffix(".tsv")
+    if not name.endswith(".csv"):
+        return None
+    header = _peek_header(os.path.join(folder, name))
+    if "audiocap_id" in header:
+        return "audiocaps"
+    in_place = os.path.basename(folder) == "FSD50K.ground_truth"
+    if name in ("dev.csv", "eval.csv") and (
+        in_place or header[:3] == ["fname", "labels", "mids"]
+    ):
+        return "fsd50k"
+    return None
+
+
+def _peek_header(path):
+    """Column names of a CSV that may be anyone's: in any encoding, any size."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return file.readline(1000).replace('"', "").strip().split(",")
+
+
+def _collect(data_annot_folder, train_csv_path, official_test_splits):
+    """All pairs that the data sets list.
+
+    Returns
+    -------
+    pandas.DataFrame
+        `wav_path` (absolute, or the bare name looked for in vain), `caption`
+        with single blanks, `dataset`, `held_out`, and perhaps `start`.
+    """
+    frames = []
+    if data_annot_folder:
+        frames += _collect_folder(data_annot_folder, official_test_splits)
+    if train_csv_path:
+        ready = _ready_csv(train_csv_path)
+        frames.append(ready.assign(dataset="csv", held_out=False))
+    pairs = pd.concat(frames, ignore_index=True)
+    pairs["caption"] = [" ".join(c.split()) for c in pairs["caption"]]
+    return pairs
+
+
+def _collect_folder(folder, official_test_splits):
+    """A table of pairs for every annotation file below a folder."""
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(
+            f"--data_annot_folder={folder} is not a folder that exists"
+        )
+    logger.info("Looking for captions and audio below %s", folder)
+    found = _scan(folder)
+    if not found.annotations:
+        raise ValueError(
+            f"--data_annot_folder={folder}: nothing recognised in it or any "
+            f"folder below. Looked for\n{LOOKED_FOR}"
+        )
+    readers = {
+        "audiocaps": _audiocaps,
+        "clotho": _clotho,
+        "macs": _macs,
+        "fsd50k": _fsd50k,
+    }
+    frames = []
+    for dataset, path in found.annotations:
+        frame = readers.get(dataset, _index)(path, found)
+        if frame.empty:
+            raise ValueError(f"{path} lists no clips")
+        stem = os.path.splitext(os.path.basename(path))[0]
+        is_test = TEST_SPLITS.get(dataset) == stem
+        frame["dataset"] = dataset
+        frame["held_out"] = is_test and not official_test_splits
+        frames.append(frame)
+    return frames
+
+
+# ---- One reader for each layout -------------------------------------------
+
+
+def _audiocaps(path, found):
+    """Pairs of an AudioCaps CSV."""
+    pairs = []
+    for _, video, start, caption in _read_table(path, AUDIOCAPS_COLUMNS):
+        clip = f"{video}_{start}"
+        stems = (clip, f"Y{clip}", video, f"Y{video}")
+        pairs.append((found.locate(stems, path) or clip, caption))
+    return _pairs_frame(pairs)
+
+
+def _clotho(path, found):
+    """Pairs of a Clotho CSV, five captions for each recording."""
+    split = CLOTHO_NAME.fullmatch(os.path.basename(path))[1]
+    pairs = []
+    for name, *captions in _read_table(path, CLOTHO_COLUMNS):
+        stem = os.path.splitext(name)[0]
+        wav_path = found.locate((stem,), path, split) or name
+        pairs += [(wav_path, caption) for caption in captions]
+    return _pairs_frame(pairs)
+
+
+def _macs(path, found):
+    """Pairs of MACS.yaml."""
+    pairs = []
+    try:
+        with open(path, "rb") as file:
+            # Of all loaders this one takes nothing for a number, a date or a
+            # truth value: the caption "No" stays text.
+            listing = yaml.load(file, Loader=yaml.CBaseLoader)
+        for clip in listing["files"]:
+            name = clip["filename"]
+            stem = os.path.splitext(name)[0]
+            wav_path = found.locate((stem,), path) or name
+            for annotation in clip["annotations"]:
+                pairs.append((wav_path, annotation["sentence"]))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a list `files` of `filename` and `annotations`, "
+            f"each with a `sentence`: {error!r}"
+        ) from error
+    return _pairs_frame(pairs)
+
+
+def _fsd50k(path, found):
+    """Pairs of an FSD50K ground truth: titles and descriptions."""
+    split = os.path.splitext(os.path.basename(path))[0]
+    info_name = FSD50K_INFO.format(split)
+    if info_name not in found.fsd50k_info:
+        raise FileNotFoundError(
+            f"{path} is there, but {info_name}, which has the captions, is in "
+            "no folder of --data_annot_folder (the layout has it in "
+            f"FSD50K.metadata/). Add it, or keep FSD50K out of the folder."
+        )
+    captions = _fsd50k_captions(_nearest(found.fsd50k_info[info_name], path))
+    folder = f"FSD50K.{split}_audio"
+    return _pairs_frame(
+        [
+            (
+                found.locate((name,), path, folder) or f"{name}.wav",
+                captions.get(name, ""),
+            )
+            for (name,) in _read_table(path, ["fname"])
+        ]
+    )
+
+
+def _fsd50k_captions(path):
+    """The caption of every clip in a file of FSD50K's clip metadata."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            info = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    try:
+        return {
+            name: _describe(clip["title"] or "", clip["description"] or "")
+            for name, clip in info.items()
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} does not give a `title` and a `description` of each "
+            f"clip: {error!r}"
+        ) from error
+
+
+def _describe(title, description):
+    """Caption of a sound from what its uploader wrote about it."""
+    title = _plain_text(title)
+    stem, suffix = os.path.splitext(title)
+    if suffix.lower() in (*AUDIO_SUFFIXES, ".m4a"):
+        title = stem
+    parts = (title, _plain_text(description))
+    return ". ".join(part for part in parts if part)
+
+
+def _plain_text(text):
+    """Text without HTML links, tags and entities, with single blanks."""
+    text = HTML_BREAK.sub(" ", HTML_LINK.sub(" ", text))
+    # Entities come last: what "&lt;" stands for opens no tag.
+    text = html.unescape(HTML_TAG.sub("", text))
+    return " ".join(text.split())
+
+
+def _index(path, _):
+    """Pairs of an index file, whose paths start from its folder."""
+    folder = os.path.dirname(path)
+    pairs = []
+    for line, cells in _read_rows(path, "\t"):
+        if len(cells) != 2 or not cells[0].strip():
+            raise ValueError(
+                f"{path}, line {line}: not path<TAB>caption (several captions "
+                "in quotes, a line each)"
+            )
+        wav_path = os.path.normpath(os.path.join(folder, cells[0]))
+        captions = cells[1].strip().split("\n")
+        pairs += [(wav_path, caption) for caption in captions]
+    return _pairs_frame(pairs)
+
+
+def _ready_csv(path):
+    """Pairs of a CSV given with --train_csv_path, and `start` if it has it."""
+    frame = read_pairs(path, "train_csv_path")
+    return frame[[c for c in ("wav_path", "caption", "start") if c in frame]]
+
+
+def _pairs_frame(pairs):
+    """A table of (wav_path, caption), with its columns even if empty."""
+    return pd.DataFrame(pairs, columns=["wav_path", "caption"])
+
+
+def _read_table(path, columns):
+    """Cells of the named columns, row by row, of a CSV with a header."""
+    rows = _read_rows(path, ",")
+    header = rows[0][1] if rows else []
+    absent = [column for column in columns if column not in header]
+    if absent:
+        raise ValueError(
+            f"{path} lacks the column(s) {', '.join(absent)}; its header is "
+            f"{','.join(header)}"
+        )
+    for line, cells in rows[1:]:
+        if len(cells) != len(header):
+            raise ValueError(
+                f"{path}, line {line}: {len(cells)} cells where the header "
+                f"has {len(header)}"
+            )
+    places = [header.index(column) for column in columns]
+    return [[cells[place] for place in places] for _, cells in rows[1:]]
+
+
+def _read_rows(path, delimiter):
+    """Rows of a delimited file that are not blank, every cell as text.
+
+    Arguments
+    ---------
+    path : str
+        The file, in UTF-8.
+    delimiter : str
+        What stands between cells.
+
+    Returns
+    -------
+    list
+        Pairs of the number of the row's last line and the list of its cells.
+
+    Raises
+    ------
+    ValueError
+        The file is not UTF-8, or quotes are not closed.
+    """
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        # Strict, or a quote left open would swallow the rest of the file.
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            return [(reader.line_num, cells) for cells in reader if cells]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: {error}") from error
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}, line {reader.line_num}: {error}"
+            ) from error
+
+
+# ---- What becomes of the pairs --------------------------------------------
+
+
+def _fates(pairs):
+    """Why each pair is left out, or "used", before its audio is looked at."""
+    same = ["wav_path", "caption", "held_out"]
+    if "start" in pairs:
+        # Two windows of a recording are two examples.
+        same.append("start")
+    return np.select(
+        [pairs["held_out"], pairs["caption"] == "", pairs.duplicated(same)],
+        ["held_out", "no_caption", "duplicates"],
+        "used",
+    )
+
+
+def _probe(wanted):
+    """Seconds of the usable audio files, and reasons why others are not."""
+    # A bare name is none of a file; it must not be tried as one.
+    seconds, failed = probe_audio(p for p in wanted if os.path.isabs(p))
+    absent = {path: "missing" for path in wanted if not os.path.isabs(path)}
+    return seconds, absent | failed
+
+
+def _check_audio(seconds, failed, max_bad_audio, skipped_csv):
+    """Raise if no audio is left or too much of what is there is unreadable."""
+    if not seconds and not failed:
+        raise ValueError(
+            "No captions are left: all are empty or of held-out test splits"
+        )
+    bad = {p: r for p, r in failed.items() if r != "missing"}
+    present = len(seconds) + len(bad)
+    if not present:
+        raise ValueError(
+            f"All {len(failed)} audio files are missing. Looked for "
+            f"{_first(failed)}; bare names in any folder of "
+            "--data_annot_folder, with any of the endings "
+            f"{' '.join(AUDIO_SUFFIXES)}. All are listed in {skipped_csv}."
+        )
+    if not seconds or len(bad) > max_bad_audio * present:
+        reasons = [f"{path} ({reason})" for path, reason in bad.items()]
+        raise ValueError(
+            f"{len(bad)} of {present} audio files cannot be read, more than "
+            f"--max_bad_audio={max_bad_audio} allows: {_first(reasons)}. All "
+            f"are listed in {skipped_csv}."
+        )
+
+
+def _first(names, number=3):
+    """The first few of many names, to show in a message."""
+    names = list(names)
+    return ", ".join(names[:number]) + (", ..." if names[number:] else "")
+
+
+def _mark_failed(pairs, failed):
+    """Set the fate of the pairs whose audio cannot be used."""
+    reason = pairs["wav_path"].map(failed)
+    used = pairs["fate"] == "used"
+    pairs.loc[used & reason.notna(), "fate"] = "unreadable"
+    pairs.loc[used & (reason == "missing"), "fate"] = "missing"
+
+
+def _manifest(pairs):
+    """The usable pairs, in the columns of a manifest."""
+    used = pairs[pairs["fate"] == "used"].reset_index(drop=True)
+    number = used.groupby("dataset").cumcount().astype(str)
+    used["ID"] = used["dataset"] + "_" + number
+    columns = ["ID", "wav_path", "caption", "dataset", "duration", "start"]
+    return used[[column for column in columns if column in used]]
+
+
+def _split(pairs, valid_pct, subset_pct, overfit_size, seed):
+    """Training and validation pairs that share no recording.
+
+    The recordings are sorted before they are shuffled, so that the split
+    depends on nothing but their names and the seed. A smaller subset is part
+    of every larger one, and they all have the same validation pairs.
+    """
+    clips = sorted(pairs["wav_path"].unique())
+    random.Random(seed).shuffle(clips)
+    wanted = max(round(valid_pct * len(clips)), 1)
+    num_valid = min(wanted, len(clips) - 1)
+    num_train = max(round(subset_pct * (len(clips) - num_valid)), 1)
+    train_clips = clips[num_valid : num_valid + num_train]
+    train = pairs[pairs["wav_path"].isin(train_clips)]
+    if overfit_size is not None:
+        train = train.sample(frac=1, random_state=seed).head(overfit_size)
+        return train, train
+    return train, pairs[pairs["wav_path"].isin(clips[:num_valid])]
+
+
+def _curated(curation_csv, data_curation_folder):
+    """Usable pairs of a curation CSV, and reasons why other audio is not."""
+    pairs = read_pairs(curation_csv, "curation_csv", data_curation_folder)
+    pairs["caption"] = [" ".join(c.split()) for c in pairs["caption"]]
+    seconds, failed = probe_audio(pairs["wav_path"])
+    pairs["duration"] = pairs["wav_path"].map(seconds)
+    return pairs[pairs["duration"].notna() & (pairs["caption"] != "")], failed
+
+
+def _check_curated(curated, gone, max_bad_audio, skipped_csv):
+    """Raise if too much audio of the curated pairs is gone.
+
+    They were made from audio that was there, so that missing counts as bad.
+    """
+    clips = curated["wav_path"].nunique() + len(gone)
+    if len(gone) > max_bad_audio * clips:
+        reasons = [f"{path} ({reason})" for path, reason in gone.items()]
+        raise ValueError(
+            f"{len(gone)} of {clips} audio files of --curation_csv cannot be "
+            f"used, more than --max_bad_audio={max_bad_audio} allows: "
+            f"{_first(reasons)}. All are listed in {skipped_csv}. Relative "
+            "paths start from --data_curation_folder, or else from the CSV's "
+            "folder."
+        )
+
+
+# ---- Counts ---------------------------------------------------------------
+
+
+def _count_datasets(pairs):
+    """Counts of each data set, in the order found."""
+    counts = {}
+    for dataset, rows in pairs.groupby("dataset", sort=False):
+        fate = rows["fate"]
+        counts[dataset] = {
+            **_totals(rows[fate == "used"]),
+            "missing": rows["wav_path"][fate == "missing"].nunique(),
+            "unreadable": rows["wav_path"][fate == "unreadable"].nunique(),
+            "no_caption": int((fate == "no_caption").sum()),
+            "duplicates": int((fate == "duplicates").sum()),
+            "held_out": int((fate == "held_out").sum()),
+        }
+    return counts
+
+
+def _totals(pairs):
+    """Recordings, captions, and hours of the recordings."""
+    clips = pairs.drop_duplicates("wav_path")
+    return {
+        "clips": len(clips),
+        "captions": len(pairs),
+        "hours": round(float(clips["duration"].sum()) / 3600, 4),
+    }
+
+
+def _log_counts(counts, skipped_csv):
+    """A line for each data set, one for the split, one for lost audio."""
+    keys = ("clips", "hours", "captions", "missing", "unreadable")
+    keys += ("no_caption", "duplicates", "held_out")
+    for dataset, count in counts["datasets"].items():
+        logger.info(
+            "%s: %d clips (%.2f h), %d captions; %d clips missing, %d "
+            "unreadable; %d captions empty, %d duplicate, %d held out",
+            dataset,
+            *(count[key] for key in keys),
+        )
+    totals = counts["datasets"].values()
+    missing = sum(count["missing"] for count in totals)
+    unreadable = sum(count["unreadable"] for count in totals)
+    if missing or unreadable:
+        logger.warning(
+            "%d audio files are missing and %d unreadable: see %s",
+            missing,
+            unreadable,
+            skipped_csv,
+        )
+    if "curated" in counts:
+        logger.info(
+            "Curated: %d captions of %d clips (%.2f h)",
+            *(counts["curated"][k] for k in ("captions", "clips", "hours")),
+        )
+    logger.info(
+        "Split by recording: %d captions of %d clips (%.2f h) to train on, "
+        "%d of %d (%.2f h) to validate",
+        *(
+            counts[part][key]
+            for part in ("train", "valid")
+            for key in ("captions", "clips", "hours")
+        ),
+    )
+
+
+def _write_json(content, path):
+    """Write a JSON file whole or not at all."""
+    partial = f"{path}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+    os.replace(partial, path)

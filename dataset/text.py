@@ -1,0 +1,48 @@
+"""Captions to tokens."""
+
+import torch
+from transformers import AutoTokenizer
+
+
+def clean_caption(caption):
+    """A caption with single spaces; punctuation and case stay."""
+    return " ".join(caption.split())
+
+
+class CaptionTokenizer:
+    """Tokenizes captions in batches, padded to the longest of each.
+
+    Arguments
+    ---------
+    text_model : str
+        The text encoder's hub name or folder.
+    text_max_length : int
+        Captions of more tokens are truncated.
+    """
+
+    def __init__(self, text_model, text_max_length=100):
+        self.tokenizer = AutoTokenizer.from_pretrained(text_model)
+        self.text_max_length = text_max_length
+
+    def __call__(self, captions):
+        """Tokenize captions.
+
+        Arguments
+        ---------
+        captions : list of str
+            At least one.
+
+        Returns
+        -------
+        dict of torch.Tensor
+            input_ids, attention_mask and what else the model takes,
+            (captions, longest) each.
+        """
+        tokens = self.tokenizer(
+            [clean_caption(caption) for caption in captions],
+            padding=True,
+            truncation=True,
+            max_length=self.text_max_length,
+            return_tensors="pt",
+        )
+        return {k: v for k, v in tokens.items() if torch.is_tensor(v)}

@@ -1,0 +1,332 @@
+"""How every script starts: from the command line to objects and a folder.
+
+    hparams, run_opts = experiment.start(sys.argv[1:])
+
+The command line is `script.py hparams.yaml --key=value ...`, as in SpeechBrain:
+a key is either one of SpeechBrain's run options or a top-level key of the
+YAML file. Every flag may be given, left out, or left empty (`--key=` or
+`--key=null`), which is the same as left out.
+
+A YAML file whose first key is `base: other.yaml` is that file with other
+defaults; flags override both. (HyperPyYAML includes files as values of keys,
+but does not inherit a whole one.)
+"""
+
+import ctypes
+import difflib
+import logging
+import os
+import shlex
+import sys
+import time
+
+import ruamel.yaml
+import speechbrain as sb
+import torch
+from hyperpyyaml import load_hyperpyyaml, resolve_references
+from hyperpyyaml.core import recursive_update
+from speechbrain.utils.distributed import ddp_broadcast, ddp_init_group
+from speechbrain.utils.run_opts import RunOptions
+
+logger = logging.getLogger(__name__)
+
+# A flag that ends so names an input, which must exist before any work starts.
+_INPUT_SUFFIXES = ("_path", "_pathfile", "_csv", "_dir", "_folder")
+_OUTPUTS = ("output_folder", "save_folder")
+
+
+def start(argv):
+    """Everything between the command line and a script's own work.
+
+    Joins the process group where torchrun started several, names the output
+    folder, builds the objects of the YAML file and starts the logs.
+
+    Arguments
+    ---------
+    argv : list of str
+        Command line without the script's name.
+
+    Returns
+    -------
+    tuple of dict
+        The hyperparameters, read-only from here on, and the run options that
+        were given, with `device`.
+
+    Raises
+    ------
+    SystemExit
+        The command line is wrong; the message says what and names the flag.
+    """
+    keep_freed_memory()
+    # Loader processes are forked after the tokenizer was used.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    hparams_file, run_opts, overrides = parse_arguments(argv)
+    run_opts = fit_to_device(run_opts)
+    ddp_init_group(RunOptions.from_dictionary(run_opts))
+    resume_folder = name_output_folder(hparams_file, overrides)
+    with open(hparams_file, encoding="utf-8") as file:
+        hparams = load_hyperpyyaml(file, overrides)
+    sb.create_experiment_directory(
+        hparams["output_folder"], hparams_file, overrides
+    )
+    logger.info(
+        "To go on with this run after a stop:\n  %s",
+        resume_command(argv, hparams["output_folder"], resume_folder),
+    )
+    return hparams, run_opts
+
+
+def parse_arguments(argv):
+    """Read a command line, stricter and more forgiving than SpeechBrain's.
+
+    Values may hold `=` and spaces; an unknown or abbreviated key is an error
+    and not ignored; so is a key given twice.
+
+    Arguments
+    ---------
+    argv : list of str
+        Command line without the script's name.
+
+    Returns
+    -------
+    tuple
+        Path of the YAML file (a base, if it has one), dict of run options,
+        dict of overrides.
+
+    Raises
+    ------
+    SystemExit
+        With a message that names the flag and says what to do.
+    """
+    if not argv or argv[0].startswith("--"):
+        raise SystemExit(
+            f"usage: python {sys.argv[0]} hparams.yaml [--key=value ...]"
+        )
+    hparams_file, tokens = argv[0], argv[1:]
+    if not os.path.isfile(hparams_file):
+        raise SystemExit(f"There is no hyperparameter file {hparams_file}")
+    defaults, inherited = _top_level(hparams_file), {}
+    if "base" in defaults:
+        inherited = defaults
+        folder = os.path.dirname(hparams_file)
+        hparams_file = os.path.join(folder, inherited.pop("base"))
+        defaults = _top_level(hparams_file)
+        recursive_update(defaults, inherited, must_match=True)
+    options = RunOptions().as_dict()
+    known = sorted(defaults.keys() | options.keys())
+    run_opts, overrides = {}, {}
+    while tokens:
+        token = tokens.pop(0)
+        key, equals, value = token.removeprefix("--").partition("=")
+        if not token.startswith("--"):
+            raise SystemExit(f"'{token}' is no flag; flags are --key=value")
+        if not equals:
+            is_switch = options.get(key) is False
+            given = tokens and not tokens[0].startswith("--")
+            value = tokens.pop(0) if given else "True" if is_switch else ""
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            raise SystemExit(
+                f"--{key} is neither a key of {hparams_file} nor an option "
+                + (f"(did you mean --{close[0]}?)" if close else "")
+            )
+        if key in run_opts or key in overrides:
+            raise SystemExit(f"--{key} is given twice")
+        value = _parse_value(value)
+        if value is None:
+            if defaults.get(key) is not None:
+                logger.warning(
+                    "--%s is empty: its default holds (%s)", key, defaults[key]
+                )
+        elif key in defaults:
+            overrides[key] = value
+        else:
+            run_opts[key] = _run_option(key, value, options[key])
+    recursive_update(inherited, overrides)
+    overrides = inherited
+    for key, value in overrides.items():
+        is_input = key.endswith(_INPUT_SUFFIXES) and key not in _OUTPUTS
+        if is_input and not os.path.exists(str(value)):
+            raise SystemExit(f"--{key}={value} does not exist")
+    # SpeechBrain takes one of the two; the YAML files set minutes.
+    if overrides.get("ckpt_interval_steps"):
+        overrides.setdefault("ckpt_interval_minutes", 0)
+    return hparams_file, run_opts, overrides
+
+
+def fit_to_device(run_opts):
+    """Choose the device, and drop options that need a GPU where there is none.
+
+    Arguments
+    ---------
+    run_opts : dict
+        Run options that were given.
+
+    Returns
+    -------
+    dict
+        Those that hold, with `device` always set.
+
+    Raises
+    ------
+    SystemExit
+        fp16 is asked for by `--precision` on a CPU, which cannot do it.
+    """
+    run_opts = dict(run_opts)
+    run_opts.setdefault("device", sb.utils.distributed.infer_device())
+    if run_opts["device"] != "cpu":
+        return run_opts
+    for key in ("auto_mix_prec", "data_parallel_backend"):
+        if run_opts.pop(key, False):
+            logger.warning(
+                "--%s needs a GPU and there is none: going on in fp32 on one "
+                "device",
+                key,
+            )
+    for key in ("precision", "eval_precision"):
+        if run_opts.get(key) == "fp16":
+            raise SystemExit(f"--{key}=fp16 needs a GPU; bf16 works on a CPU")
+    run_opts.setdefault("distributed_backend", "gloo")
+    return run_opts
+
+
+def name_output_folder(hparams_file, overrides):
+    """Give the run its folder: the one named, the one resumed, or a new one.
+
+    A new one is `<output_base>/<experiment_name>/<time_stamp>`, the same in
+    every process.
+
+    Arguments
+    ---------
+    hparams_file : str
+        The YAML file; `time_stamp` is a key of it.
+    overrides : dict
+        `output_folder` or `time_stamp` is set here.
+
+    Returns
+    -------
+    bool
+        Whether the same command finds the same folder again.
+
+    Raises
+    ------
+    SystemExit
+        A resume was asked for that names no run.
+    """
+    previous = overrides.get("prev_ckpt_dir")
+    if overrides.get("resume_interrupt"):
+        if previous is None:
+            raise SystemExit(
+                "--resume_interrupt=True needs --prev_ckpt_dir=<run>/save"
+            )
+        run = os.path.abspath(previous)
+        if os.path.basename(run) == "save":
+            run = os.path.dirname(run)
+        if not os.path.isdir(os.path.join(run, "save")):
+            raise SystemExit(
+                f"--prev_ckpt_dir={previous} is not the save folder of a run"
+            )
+        overrides["output_folder"] = run
+    elif previous is not None:
+        raise SystemExit(
+            "--prev_ckpt_dir is given without --resume_interrupt=True"
+        )
+    if overrides.get("prev_checkpointer") not in (None, "latest"):
+        raise SystemExit(
+            "--prev_checkpointer: a run goes on from its latest checkpoint. "
+            "To start a new one from another, use --ssl_checkpoints_dir and "
+            "--ssl_checkpointer."
+        )
+    if "output_folder" in overrides:
+        return True
+    if "time_stamp" in _top_level(hparams_file):
+        stamp = time.strftime("%Y-%m-%d+%H-%M-%S")
+        overrides["time_stamp"] = ddp_broadcast(stamp, src=0)
+        return False
+    return True
+
+
+def resume_command(argv, output_folder, same_command):
+    """The command that goes on with a run, ready for a shell.
+
+    Arguments
+    ---------
+    argv : list of str
+        The run's command line without the script's name.
+    output_folder : str
+        Its folder.
+    same_command : bool
+        Whether `argv` finds the folder again by itself.
+
+    Returns
+    -------
+    str
+    """
+    launcher = ["python"]
+    if torch.distributed.is_initialized():
+        world_size = torch.distributed.get_world_size()
+        launcher = ["torchrun", f"--nproc_per_node={world_size}"]
+    if not same_command:
+        replaced = ("--resume_interrupt", "--prev_ckpt_dir")
+        argv = [a for a in argv if a.partition("=")[0] not in replaced] + [
+            "--resume_interrupt=True",
+            f"--prev_ckpt_dir={os.path.join(output_folder, 'save')}",
+        ]
+    return shlex.join([*launcher, sys.argv[0], *argv])
+
+
+def keep_freed_memory():
+    """Have glibc keep the large buffers that each step frees and asks again.
+
+    By default it gives them back, and the kernel clears every page anew.
+    Elsewhere than on Linux with glibc nothing happens.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    # Numbers of the parameters in <malloc.h>; the values are C ints.
+    trim_threshold, top_pad, mmap_max = -1, -2, -4
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 2**28)
+
+
+def _top_level(hparams_file):
+    """Keys of a YAML file with their raw defaults, nothing being built."""
+    with open(hparams_file, encoding="utf-8") as file:
+        return ruamel.yaml.YAML().load(resolve_references(file))
+
+
+def _parse_value(text):
+    """A flag's text as YAML would have it: number, boolean, null, {} or [].
+
+    All else stays as it was typed; YAML would cut a path at " #".
+    """
+    try:
+        value = ruamel.yaml.YAML(typ="safe").load(text)
+    except ruamel.yaml.YAMLError:
+        return text
+    if value is None or text == "None":
+        return None
+    if isinstance(value, bool | int | float):
+        return value
+    return value if text.lstrip()[:1] in ("{", "[") else text
+
+
+def _run_option(key, value, default):
+    """A run option in the type of its default."""
+    choices = ("fp32", "fp16", "bf16")
+    if key in ("precision", "eval_precision") and value not in choices:
+        raise SystemExit(f"--{key}={value}: give one of {', '.join(choices)}")
+    if default is None:
+        return value
+    try:
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise ValueError
+        return type(default)(value)
+    except (TypeError, ValueError):
+        kind = type(default).__name__
+        raise SystemExit(f"--{key}={value}: give a {kind}") from None

@@ -1,0 +1,451 @@
+"""Train a CLAP model on pairs of audio and captions.
+
+    python microsoft_clap_train.py hparams/insper/microsoft_clap_train.yaml \
+        --data_annot_folder=DATA --pann_ckpt_path='Cnn14_mAP=0.431.pth'
+
+DATA holds AudioCaps, Clotho, MACS, FSD50K in their official layouts, or
+`*_index.tsv` files; or give pairs as --train_csv_path=pairs.csv. On several
+GPUs, `torchrun --nproc_per_node=N` instead of `python`. A stopped run goes on
+by the command that it prints at its start.
+
+The loss is CLIP's symmetric one (arXiv 2103.00020, Figure 3), with CLAP's
+encoders (arXiv 2206.04769).
+"""
+
+import logging
+import math
+import os
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import speechbrain as sb
+import torch
+from matplotlib.figure import Figure
+from speechbrain.dataio.dataloader import SaveableDataLoader
+from speechbrain.nnet.schedulers import update_learning_rate
+from speechbrain.utils import train_logger
+from speechbrain.utils.distributed import main_process_only, run_on_main
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import experiment
+from dataset.manifest import read_pairs, write_csv
+from dataset.mixing import MixedBatchSampler
+from dataset.pipelines import (
+    PairCollator,
+    PairDataset,
+    WindowDataset,
+    collate_windows,
+)
+from models.losses import (
+    contrastive_loss,
+    contrastive_targets,
+    gather_with_gradient,
+)
+from models.weights import find_checkpoint
+from models.zeroshot import class_embeddings, clip_embeddings
+
+logger = logging.getLogger(__name__)
+
+
+class CLAPBrain(sb.Brain):
+    """Contrastive training with validation by loss or zero-shot accuracy.
+
+    `train` sets what it needs besides the constructor's arguments.
+    """
+
+    def compute_forward(self, batch, stage):
+        """PairBatch -> audio and text embeddings (batch, d), scale."""
+        self.note_unreadable(batch)
+        batch = batch.to(self.device)
+        return self.modules.clap(batch.wavs, batch.tokens)
+
+    def compute_objectives(self, predictions, batch, stage):
+        """Contrastive loss; in training, negatives come from all processes."""
+        audio, text, scale = predictions
+        gather = gather_with_gradient if stage == sb.Stage.TRAIN else _itself
+        audio_targets, text_targets = self.targets(batch, gather)
+        return contrastive_loss(
+            audio,
+            text,
+            gather(audio),
+            gather(text),
+            # DataParallel returns the scale once for each of its replicas.
+            scale.mean(),
+            audio_targets,
+            text_targets,
+        )
+
+    def targets(self, batch, gather):
+        """What the similarities should be.
+
+        Arguments
+        ---------
+        batch : dataset.pipelines.PairBatch
+            This process's pairs.
+        gather : callable
+            From this process's rows to those of all processes.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            Distributions over texts for each audio, and over audios for each
+            text; (batch, gathered batch) each.
+        """
+        clip_ids = batch.clip_ids.to(self.device)
+        caption_ids = batch.caption_ids.to(self.device)
+        targets = contrastive_targets(
+            clip_ids, caption_ids, gather(clip_ids), gather(caption_ids)
+        )
+        return targets, targets
+
+    def on_fit_batch_start(self, batch, should_step):
+        """Seed this step's dropout, and set its learning rate."""
+        # A function of the step, so that a resumed run draws the same masks.
+        epoch = self.hparams.epoch_counter.current
+        rank = self.train_sampler.rank
+        seeds = (self.hparams.seed, epoch, self.step, rank)
+        seed = np.random.SeedSequence(seeds).generate_state(1)[0]
+        torch.manual_seed(int(seed))
+        if self.hparams.lr_schedule == "cosine":
+            update_learning_rate(self.optimizer, self.cosine_lr())
+
+    def cosine_lr(self):
+        """Learning rate of the current step: linear warm-up, then cosine."""
+        first, last = self.hparams.base_lr, self.hparams.final_lr
+        batches = len(self.train_sampler) * self.hparams.number_of_epochs
+        total = max(batches // self.grad_accumulation_factor, 1)
+        warmup = min(self.hparams.warmup_steps, total - 1)
+        if self.optimizer_step < warmup:
+            return first * (self.optimizer_step + 1) / warmup
+        done = min((self.optimizer_step - warmup) / (total - warmup), 1.0)
+        return last + (first - last) * (1 + math.cos(math.pi * done)) / 2
+
+    def on_fit_batch_end(self, batch, outputs, loss, should_step):
+        """Hold the scale in range."""
+        self.hparams.clap.clamp_logit_scale()
+
+    def note_unreadable(self, batch):
+        """Report unreadable audio once, and stop when it is too much."""
+        for path in batch.unreadable.keys() - self.unreadable.keys():
+            logger.warning("Skipping %s: %s", path, batch.unreadable[path])
+        self.unreadable |= batch.unreadable
+        if len(self.unreadable) > self.hparams.max_bad_audio * self.num_clips:
+            raise RuntimeError(
+                f"{len(self.unreadable)} of {self.num_clips} audio files "
+                "cannot be read, more than the fraction max_bad_audio="
+                f"{self.hparams.max_bad_audio}. They are named above: mend or "
+                "remove them, or allow more."
+            )
+
+    def _wrap_distributed(self):
+        if not (self.distributed_launch and self.device_type == "cpu"):
+            return super()._wrap_distributed()
+        # SpeechBrain synchronises batch norm, which torch does on GPUs only.
+        self.modules["clap"] = DistributedDataParallel(self.modules["clap"])
+
+    def _should_save_intra_epoch_ckpt(self, *args):
+        # Gradients that wait for an accumulation's end are not saved.
+        return (
+            super()._should_save_intra_epoch_ckpt(*args)
+            and self.step % self.grad_accumulation_factor == 0
+        )
+
+    def on_stage_start(self, stage, epoch=None):
+        """Note where and when an epoch's training starts, for its speed."""
+        if stage == sb.Stage.TRAIN:
+            self.first_step, self.start_time = self.step, time.perf_counter()
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """Collect the training's figures; after validation, end the epoch."""
+        if stage == sb.Stage.TRAIN:
+            seconds = time.perf_counter() - self.start_time
+            pairs = self.train_sampler.global_batch_size
+            steps = (epoch - 1) * len(self.train_sampler) + self.step
+            self.train_stats = {
+                "loss": float(stage_loss),
+                "clips_per_second": (self.step - self.first_step)
+                * pairs
+                / seconds,
+                "data_points": steps * pairs,
+                "unreadable": len(self.unreadable),
+            }
+        else:
+            self.end_epoch(epoch, float(stage_loss))
+
+    def end_epoch(self, epoch, valid_loss):
+        """Anneal the learning rate, log the epoch and save a checkpoint."""
+        lr = self.optimizer.param_groups[0]["lr"]
+        if self.hparams.lr_schedule == "plateau":
+            _, next_lr = self.hparams.lr_plateau(
+                [self.optimizer], epoch, valid_loss
+            )
+            update_learning_rate(self.optimizer, next_lr)
+        stats = {"loss": valid_loss}
+        if self.zeroshot_set is not None:
+            stats["acc"] = self.zeroshot_accuracy()
+        scale = float(self.hparams.clap.logit_scale.exp())
+        meta = {"epoch": epoch, "lr": lr, "logit_scale": scale}
+        for stats_logger in self.loggers:
+            stats_logger.log_stats(meta, self.train_stats, stats)
+        # By accuracy where there is one, else by loss; and the last, to resume.
+        self.checkpointer.save_and_keep_only(
+            meta={"epoch": epoch, **stats},
+            num_to_keep=self.hparams.num_ckpt_keep,
+            max_keys=["acc"] if "acc" in stats else [],
+            min_keys=[] if "acc" in stats else ["loss"],
+            importance_keys=[],
+        )
+
+    @torch.no_grad()
+    def zeroshot_accuracy(self):
+        """Accuracy on the validation folds of the zero-shot data set."""
+        loader, true_classes, texts = self.zeroshot_set
+        clap, correct, count = self.hparams.clap, 0, 0
+        with self.evaluation_ctx:
+            classes = class_embeddings(
+                clap,
+                self.hparams.tokenizer,
+                texts,
+                self.hparams.text_prompt,
+                self.device,
+            )
+            for batch in loader:
+                if not batch.rows:
+                    continue
+                windows = batch.windows.to(self.device, non_blocking=True)
+                clips = clip_embeddings(clap, windows, batch.counts)
+                guesses = (clips @ classes.T).argmax(dim=1).cpu().numpy()
+                correct += int((guesses == true_classes[batch.rows]).sum())
+                count += len(batch.rows)
+        return correct / max(count, 1)
+
+
+class HistoryLogger(train_logger.TrainLogger):
+    """Keeps the figures of all epochs as a table and a picture.
+
+    Arguments
+    ---------
+    folder : str
+        `train_history.csv` and `train_history.png` are written there.
+    """
+
+    def __init__(self, folder):
+        self.path = os.path.join(folder, "train_history")
+
+    @main_process_only
+    def log_stats(
+        self,
+        stats_meta,
+        train_stats=None,
+        valid_stats=None,
+        test_stats=None,
+        verbose=False,
+    ):
+        """Add an epoch, or put it in place of one that was run before."""
+        row = dict(stats_meta)
+        row |= {f"train_{k}": v for k, v in (train_stats or {}).items()}
+        row |= {f"valid_{k}": v for k, v in (valid_stats or {}).items()}
+        history = pd.DataFrame([row])
+        if os.path.exists(f"{self.path}.csv"):
+            before = pd.read_csv(f"{self.path}.csv")
+            before = before[before["epoch"] < row["epoch"]]
+            history = pd.concat([before, history], ignore_index=True)
+        write_csv(history, f"{self.path}.csv")
+        self.draw(history)
+
+    def draw(self, history):
+        """Losses (and accuracy), learning rate, and scale over the epochs."""
+        figure = Figure(figsize=(10, 3.2), layout="constrained")
+        panels = (
+            [c for c in history if c.endswith(("_loss", "_acc"))],
+            ["lr"],
+            ["logit_scale"],
+        )
+        for axes, columns in zip(figure.subplots(1, 3), panels):
+            for column in columns:
+                axes.plot(history["epoch"], history[column], label=column)
+            axes.set_xlabel("epoch")
+            axes.legend(frameon=False)
+        figure.savefig(f"{self.path}.png", dpi=120)
+
+
+def _itself(rows):
+    """Validation compares with the pairs of the same process only."""
+    return rows
+
+
+def train(brain):
+    """Prepare the data, load the weights to start from, and fit.
+
+    Arguments
+    ---------
+    brain : CLAPBrain
+        Fresh from its constructor.
+    """
+    hparams = brain.hparams
+    if hparams.lr_schedule not in ("plateau", "cosine"):
+        raise ValueError(
+            f"lr_schedule is '{hparams.lr_schedule}': give plateau or cosine"
+        )
+    curated = {}
+    if hparams.curation_prob:
+        if not hparams.curation_csv:
+            raise ValueError("curation_prob is above 0: give --curation_csv")
+        curated = {
+            "curation_csv": hparams.curation_csv,
+            "data_curation_folder": hparams.data_curation_folder,
+        }
+    run_on_main(hparams.prepare_captions, kwargs=curated)
+    if brain.checkpointer.find_checkpoint() is None:
+        hparams.load_weights()
+    names = ["train_raw", *(["curated_raw"] if curated else []), "valid_raw"]
+    manifests = [
+        read_pairs(os.path.join(hparams.save_folder, f"{name}.csv"), name)
+        for name in names
+    ]
+    train_loader = make_train_loader(brain, manifests[:-1])
+    brain.train_sampler = train_loader.batch_sampler
+    brain.unreadable = {}
+    brain.num_clips = pd.concat(manifests)["wav_path"].nunique()
+    brain.zeroshot_set = (
+        make_zeroshot_set(brain) if hparams.use_zs_loader else None
+    )
+    brain.loggers = make_loggers(hparams)
+    brain.fit(
+        hparams.epoch_counter,
+        train_loader,
+        DataLoader(
+            PairDataset(manifests[-1:], hparams.reader, hparams.seed),
+            batch_size=hparams.batch_size,
+            collate_fn=PairCollator(hparams.tokenizer),
+            num_workers=hparams.num_workers,
+            persistent_workers=hparams.num_workers > 0,
+        ),
+    )
+    if brain.unreadable:
+        logger.warning("%d audio files were skipped", len(brain.unreadable))
+    logger.info(
+        "The best checkpoint is %s", find_checkpoint(hparams.save_folder)
+    )
+
+
+def make_train_loader(brain, manifests):
+    """Loader of mixed batches, registered for checkpoints within an epoch.
+
+    Arguments
+    ---------
+    brain : CLAPBrain
+        Whose checkpointer remembers the loader's position.
+    manifests : list of pandas.DataFrame
+        The paired data and, where used, the curated data.
+
+    Returns
+    -------
+    speechbrain.dataio.dataloader.SaveableDataLoader
+        Its batches are `dataset.pipelines.PairBatch`es.
+    """
+    hparams = brain.hparams
+    sizes = [len(manifest) for manifest in manifests] + [0]
+    distributed = torch.distributed.is_initialized()
+    sampler = MixedBatchSampler(
+        num_pairs=sizes[0],
+        num_curated=sizes[1],
+        batch_size=hparams.batch_size,
+        curation_prob=hparams.curation_prob,
+        seed=hparams.seed,
+        rank=torch.distributed.get_rank() if distributed else 0,
+        world_size=torch.distributed.get_world_size() if distributed else 1,
+    )
+    loader = SaveableDataLoader(
+        PairDataset(manifests, hparams.reader, hparams.seed),
+        batch_sampler=sampler,
+        collate_fn=PairCollator(hparams.tokenizer),
+        num_workers=hparams.num_workers,
+        # Forking a process of this size anew would cost seconds an epoch.
+        persistent_workers=hparams.num_workers > 0,
+        pin_memory=brain.device_type == "cuda",
+    )
+    brain.checkpointer.add_recoverable("dataloader-TRAIN", loader)
+    return loader
+
+
+def make_zeroshot_set(brain):
+    """The validation folds of the zero-shot data set.
+
+    Returns
+    -------
+    tuple
+        Loader of `dataset.pipelines.WindowBatch`es, (clips,) indices of the
+        true classes, and the names of the classes.
+
+    Raises
+    ------
+    ValueError
+        The data set has none of these folds.
+    """
+    hparams = brain.hparams
+    data = hparams.prepare_zeroshot()
+    folds = [str(fold) for fold in hparams.zs_valid_folds]
+    clips = data.clips[data.clips["fold"].isin(folds)]
+    if clips.empty:
+        raise ValueError(
+            f"zs_valid_folds={folds}: {hparams.data_zs_folder} has the folds "
+            f"{', '.join(sorted(data.clips['fold'].unique()))}"
+        )
+    index = pd.Index(data.labels["label"])
+    loader = DataLoader(
+        WindowDataset(clips["wav_path"], hparams.reader),
+        batch_size=hparams.batch_size,
+        collate_fn=collate_windows,
+        num_workers=hparams.num_workers,
+        persistent_workers=hparams.num_workers > 0,
+    )
+    texts = data.labels["text"].tolist()
+    return loader, index.get_indexer(clips["label"]), texts
+
+
+def make_loggers(hparams):
+    """The logs that the hyperparameters ask for."""
+    folder = hparams.output_folder
+    path = os.path.join(folder, "train_log.txt")
+    loggers = [
+        train_logger.FileTrainLogger(path, precision=4),
+        HistoryLogger(folder),
+    ]
+    if hparams.use_tensorboard:
+        path = os.path.join(folder, "tensorboard")
+        loggers.append(train_logger.TensorboardLogger(path))
+    if hparams.use_wandb:
+        import wandb  # an extra requirement
+
+        loggers.append(
+            train_logger.WandBLogger(
+                wandb.init,
+                project=hparams.wandb_project,
+                name=hparams.experiment_name,
+                id=os.path.basename(folder),
+                dir=folder,
+                resume="allow",
+            )
+        )
+    return loggers
+
+
+def main(argv):
+    """Train as the command line says."""
+    hparams, run_opts = experiment.start(argv)
+    brain = CLAPBrain(
+        modules={"clap": hparams["clap"]},
+        opt_class=hparams["opt_class"],
+        hparams=hparams,
+        run_opts=run_opts,
+        checkpointer=hparams["checkpointer"],
+    )
+    train(brain)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Networks, losses, and the files that hold their weights."""

@@ -1,0 +1,213 @@
+"""CLAP: an audio and a text encoder with one embedding space.
+
+Source: Elizalde et al., "CLAP: Learning Audio Concepts From Natural Language
+Supervision", arXiv 2206.04769. The parameters carry the names of the weights
+that Microsoft released in 2022.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from models.cnn14 import CNN14, MIN_HOPS
+
+# Initial temperature 0.07 and greatest scale 100, as in CLIP (arXiv
+# 2103.00020, section 2.5).
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+MAX_LOGIT_SCALE = math.log(100)
+
+
+class Projection(nn.Module):
+    """Two linear layers with a residual connection and layer norm.
+
+    Arguments
+    ---------
+    d_in, d_out : int
+        Size of an encoder's output and of the joint space.
+    """
+
+    def __init__(self, d_in, d_out):
+        super().__init__()
+        self.linear1 = nn.Linear(d_in, d_out, bias=False)
+        self.linear2 = nn.Linear(d_out, d_out, bias=False)
+        self.layer_norm = nn.LayerNorm(d_out)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        """(batch, d_in) -> (batch, d_out)."""
+        first = self.linear1(x)
+        second = self.dropout(self.linear2(F.gelu(first)))
+        return self.layer_norm(first + second)
+
+
+class Encoder(nn.Module):
+    """A base network with its projection.
+
+    Arguments
+    ---------
+    base : torch.nn.Module
+        Network to project the output of.
+    d_base, d_proj : int
+        Size of that output and of the joint space.
+    freeze : bool
+        Keep the base as it is: no gradients, always in eval mode.
+    """
+
+    def __init__(self, base, d_base, d_proj, freeze):
+        super().__init__()
+        self.base = base
+        self.projection = Projection(d_base, d_proj)
+        self.freeze = freeze
+        if freeze:
+            self.base.requires_grad_(False)
+
+    def train(self, mode=True):
+        """Set the mode; a frozen base stays in eval mode."""
+        super().train(mode)
+        if self.freeze:
+            self.base.eval()
+        return self
+
+    def project(self, x):
+        """Unit-norm fp32 embeddings (batch, d_proj) of base outputs.
+
+        A zero vector stays zero instead of becoming NaN.
+        """
+        return F.normalize(self.projection(x).float(), dim=-1)
+
+
+class CLAP(nn.Module):
+    """Contrastive language-audio model.
+
+    Arguments
+    ---------
+    text_model : str
+        Any transformers encoder: hub name or local folder.
+    text_pretrained : bool
+        Start the text encoder from that model's weights. False reads its
+        config.json alone: for a model from scratch, or where a checkpoint
+        brings all the weights.
+    sample_rate : int
+        Rate of the waveforms in Hz.
+    duration : float
+        Length in seconds of the windows that the model is made for. The
+        network takes any; the scripts cut audio to this.
+    window_size, hop_size, mel_bins, fmin, fmax, width
+        As `CNN14`.
+    d_proj : int
+        Size of the joint space.
+    freeze_audio_encoder, freeze_text_encoder : bool
+        Train only the projection of that encoder.
+
+    Raises
+    ------
+    ValueError
+        `duration` is too short for the network.
+    """
+
+    def __init__(
+        self,
+        text_model="bert-base-uncased",
+        text_pretrained=True,
+        sample_rate=44100,
+        duration=5.0,
+        window_size=1024,
+        hop_size=320,
+        mel_bins=64,
+        fmin=50,
+        fmax=14000,
+        width=64,
+        d_proj=1024,
+        freeze_audio_encoder=False,
+        freeze_text_encoder=False,
+    ):
+        super().__init__()
+        if duration * sample_rate < MIN_HOPS * hop_size:
+            raise ValueError(
+                f"duration={duration} s is too short: CNN14 needs {MIN_HOPS} "
+                f"hops of {hop_size} samples at {sample_rate} Hz"
+            )
+        self.sample_rate = sample_rate
+        self.duration = duration
+        cnn14 = CNN14(
+            sample_rate, window_size, hop_size, mel_bins, fmin, fmax, width
+        )
+        if text_pretrained:
+            bert = AutoModel.from_pretrained(text_model, dtype=torch.float32)
+        else:
+            config = AutoConfig.from_pretrained(text_model)
+            bert = AutoModel.from_config(config, dtype=torch.float32)
+        if getattr(bert, "pooler", None) is not None:
+            # Its output is not used: without a gradient, DDP would wait for it.
+            bert.pooler.requires_grad_(False)
+        self.audio_encoder = Encoder(
+            cnn14, cnn14.embedding_size, d_proj, freeze_audio_encoder
+        )
+        self.caption_encoder = Encoder(
+            bert, bert.config.hidden_size, d_proj, freeze_text_encoder
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+
+    def encode_audio(self, wavs):
+        """Unit-norm embeddings of waveforms.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            (batch, samples) at `sample_rate`, in -1..1.
+
+        Returns
+        -------
+        torch.Tensor
+            (batch, d_proj) fp32.
+        """
+        return self.audio_encoder.project(self.audio_encoder.base(wavs))
+
+    def encode_text(self, tokens):
+        """Unit-norm embeddings of captions: [CLS] of the last hidden state.
+
+        Arguments
+        ---------
+        tokens : dict
+            What the text model's tokenizer returns: input_ids,
+            attention_mask and, for some, token_type_ids; (batch, length).
+
+        Returns
+        -------
+        torch.Tensor
+            (batch, d_proj) fp32.
+        """
+        hidden = self.caption_encoder.base(**tokens).last_hidden_state
+        return self.caption_encoder.project(hidden[:, 0])
+
+    def forward(self, wavs, tokens):
+        """Embeddings of both sides and the scale of their similarities.
+
+        Arguments
+        ---------
+        wavs, tokens
+            As `encode_audio` and `encode_text`.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            Audio and text embeddings, (batch, d_proj) each, and the scale
+            that multiplies cosine similarities to logits, ().
+        """
+        return (
+            self.encode_audio(wavs),
+            self.encode_text(tokens),
+            self.logit_scale.exp(),
+        )
+
+    @torch.no_grad()
+    def clamp_logit_scale(self):
+        """Hold the scale at 100 or below; for use after an optimizer step.
+
+        The parameter is clamped and not the logits: a clamp in the forward
+        pass would stop the gradient that could bring it back.
+        """
+        self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)

@@ -1,0 +1,173 @@
+"""CNN14, the audio encoder, with the parameter names of the PANNs release.
+
+Source: Kong et al., "PANNs: Large-Scale Pretrained Audio Neural Networks for
+Audio Pattern Recognition", arXiv 1912.10211, Table I and section III-A.
+"""
+
+import librosa
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# PANNs' files end in a classifier over AudioSet's classes. It takes no part in
+# CLAP, but its parameters belong to the published files.
+AUDIOSET_CLASSES = 527
+
+# Five poolings by 2 leave one frame of 32, which 31 hops make.
+MIN_HOPS = 31
+
+
+class LogMel(nn.Module):
+    """Log-mel spectrogram of waveforms: short-time FFT, mel, decibels.
+
+    The filterbank `melW` is state: a checkpoint brings the one it was trained
+    with. Everything is computed in fp32, also under autocast.
+
+    Arguments
+    ---------
+    sample_rate : int
+        Rate of the waveforms in Hz.
+    window_size, hop_size : int
+        Hann window and hop in samples.
+    mel_bins : int
+        Number of mel bands.
+    fmin, fmax : float
+        Lowest and highest frequency of the bands in Hz.
+    """
+
+    def __init__(
+        self, sample_rate, window_size, hop_size, mel_bins, fmin, fmax
+    ):
+        super().__init__()
+        self.window_size = window_size
+        self.hop_size = hop_size
+        filterbank = librosa.filters.mel(
+            sr=sample_rate,
+            n_fft=window_size,
+            n_mels=mel_bins,
+            fmin=fmin,
+            fmax=fmax,
+        )
+        self.register_buffer("melW", torch.from_numpy(filterbank.T).clone())
+        self.register_buffer(
+            "window", torch.hann_window(window_size), persistent=False
+        )
+
+    def forward(self, wavs):
+        """Decibels of the mel bands.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            (batch, samples), in -1..1.
+
+        Returns
+        -------
+        torch.Tensor
+            (batch, samples // hop_size + 1, mel_bins), at least -100 dB.
+        """
+        with torch.autocast(wavs.device.type, enabled=False):
+            spectrum = torch.stft(
+                wavs.float(),
+                n_fft=self.window_size,
+                hop_length=self.hop_size,
+                window=self.window,
+                center=True,
+                pad_mode="reflect",
+                return_complex=True,
+            )
+            power = torch.view_as_real(spectrum).square_().sum(-1)
+            mel = power.transpose(1, 2) @ self.melW
+            return mel.clamp_(min=1e-10).log10_().mul_(10.0)
+
+
+class ConvBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm and ReLU, then average pooling."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(
+            in_channels, out_channels, kernel_size=3, padding=1, bias=False
+        )
+        self.conv2 = nn.Conv2d(
+            out_channels, out_channels, kernel_size=3, padding=1, bias=False
+        )
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        for conv in (self.conv1, self.conv2):
+            nn.init.xavier_uniform_(conv.weight)
+
+    def forward(self, x, pool):
+        """(batch, in, time, mel) -> (batch, out, time // pool, mel // pool)."""
+        x = F.relu_(self.bn1(self.conv1(x)))
+        x = F.relu_(self.bn2(self.conv2(x)))
+        return F.avg_pool2d(x, pool) if pool > 1 else x
+
+
+class CNN14(nn.Module):
+    """Fourteen-layer CNN over log-mel spectrograms.
+
+    Arguments
+    ---------
+    sample_rate, window_size, hop_size, mel_bins, fmin, fmax
+        As `LogMel`.
+    width : int
+        Channels of the first block; each of the six blocks doubles them, so
+        embeddings have 32 * width values. The published network has 64.
+    """
+
+    def __init__(
+        self,
+        sample_rate=44100,
+        window_size=1024,
+        hop_size=320,
+        mel_bins=64,
+        fmin=50,
+        fmax=14000,
+        width=64,
+    ):
+        super().__init__()
+        self.embedding_size = 32 * width
+        self.logmel_extractor = LogMel(
+            sample_rate, window_size, hop_size, mel_bins, fmin, fmax
+        )
+        self.bn0 = nn.BatchNorm2d(mel_bins)
+        channels = [1] + [width * 2**i for i in range(6)]
+        for i in range(6):
+            block = ConvBlock(channels[i], channels[i + 1])
+            self.add_module(f"conv_block{i + 1}", block)
+        self.fc1 = nn.Linear(self.embedding_size, self.embedding_size)
+        self.fc_audioset = nn.Linear(self.embedding_size, AUDIOSET_CLASSES)
+        self.fc_audioset.requires_grad_(False)
+        for linear in (self.fc1, self.fc_audioset):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, wavs):
+        """Embed waveforms.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            (batch, samples) at `sample_rate`, at least `MIN_HOPS` hops long.
+
+        Returns
+        -------
+        torch.Tensor
+            (batch, 32 * width).
+        """
+        x = self.logmel_extractor(wavs)
+        # Batch norm over the mel bands, which PANNs keeps as channels.
+        x = self.bn0(x.unsqueeze(1).transpose(1, 3)).transpose(1, 3)
+        if x.is_cuda:
+            # Tensor cores want channels last; on CPU it gains nothing.
+            x = x.contiguous(memory_format=torch.channels_last)
+        for i in range(1, 7):
+            block = getattr(self, f"conv_block{i}")
+            x = block(x, pool=2 if i < 6 else 1)
+            x = F.dropout(x, p=0.2, training=self.training)
+        x = x.mean(dim=3)
+        x = x.amax(dim=2) + x.mean(dim=2)
+        x = F.dropout(x, p=0.5, training=self.training)
+        x = F.relu_(self.fc1(x))
+        return F.dropout(x, p=0.5, training=self.training)

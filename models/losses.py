@@ -1,0 +1,82 @@
+"""Contrastive losses over audio-caption batches."""
+
+import torch
+import torch.nn.functional as F
+
+
+def gather_with_gradient(tensor):
+    """Rows of all processes, in order of rank, with gradients to each.
+
+    Without a process group, the tensor itself.
+
+    Arguments
+    ---------
+    tensor : torch.Tensor
+        (batch, ...), the same shape in every process.
+
+    Returns
+    -------
+    torch.Tensor
+        (world size * batch, ...).
+    """
+    if not torch.distributed.is_initialized():
+        return tensor
+    # functional.all_gather's backward sums what every rank's loss sends back.
+    gather = torch.distributed.nn.functional.all_gather
+    return torch.cat(gather(tensor.contiguous()))
+
+
+def contrastive_targets(clip_ids, caption_ids, all_clip_ids, all_caption_ids):
+    """One target distribution a row, spread over all that match it.
+
+    Pairs of the same clip are not each other's negatives, nor are pairs of
+    the same caption.
+
+    Arguments
+    ---------
+    clip_ids, caption_ids : torch.Tensor
+        (rows,) integers of the pairs whose targets are wanted.
+    all_clip_ids, all_caption_ids : torch.Tensor
+        (columns,) integers of the pairs that they are compared with.
+
+    Returns
+    -------
+    torch.Tensor
+        (rows, columns) fp32; rows sum to 1.
+    """
+    match = (clip_ids[:, None] == all_clip_ids) | (
+        caption_ids[:, None] == all_caption_ids
+    )
+    match = match.float()
+    return match / match.sum(dim=1, keepdim=True)
+
+
+def contrastive_loss(
+    audio, text, all_audio, all_text, scale, audio_targets, text_targets
+):
+    """Symmetric cross-entropy between similarities and target distributions.
+
+    With one-hot targets this is CLIP's loss (arXiv 2103.00020, Figure 3).
+
+    Arguments
+    ---------
+    audio, text : torch.Tensor
+        (rows, d) unit-norm embeddings of this process's pairs.
+    all_audio, all_text : torch.Tensor
+        (columns, d) those of all processes' pairs.
+    scale : torch.Tensor
+        Factor from cosine similarities to logits, ().
+    audio_targets, text_targets : torch.Tensor
+        (rows, columns) distributions over texts for each audio, and over
+        audios for each text.
+
+    Returns
+    -------
+    torch.Tensor
+        Mean over the rows and both directions, ().
+    """
+    # In fp32 also under autocast: similarities differ in the third decimal.
+    with torch.autocast(audio.device.type, enabled=False):
+        audio_loss = F.cross_entropy(scale * audio @ all_text.T, audio_targets)
+        text_loss = F.cross_entropy(scale * text @ all_audio.T, text_targets)
+        return (audio_loss + text_loss) / 2

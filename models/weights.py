@@ -1,0 +1,307 @@
+"""Every weight file: read into a CLAP model, and written from one.
+
+Three forms are read, and nothing in them is executed:
+
+- PANNs' `Cnn14_mAP=0.431.pth` (zenodo.org/records/3987831): a dictionary with
+  the state of CNN14 under `model` and training state beside it;
+- Microsoft's `CLAP_weights_2022.pth` (zenodo.org/records/7312125): the state
+  of the whole model under `model`;
+- a SpeechBrain checkpoint folder, as the training scripts write it.
+"""
+
+import hashlib
+import logging
+import os
+import pathlib
+
+import numpy as np
+import torch
+from speechbrain.utils.checkpoints import METAFNAME, Checkpointer
+from speechbrain.utils.distributed import ddp_barrier
+
+logger = logging.getLogger(__name__)
+
+# What the sampler in PANNs' file is pickled with: plain arrays, under the
+# names that NumPy 1 and NumPy 2 give their constructors.
+_ARRAY_TYPES = [
+    (getattr(np._core.multiarray, name), f"numpy.{core}.multiarray.{name}")
+    for name in ("_reconstruct", "scalar")
+    for core in ("core", "_core")
+] + [np.ndarray, np.dtype, *(type(np.dtype(code)) for code in "?bhilqBHILQefd")]
+
+_DFT = "spectrogram_extractor.stft.conv_{}.weight"
+_MELW = "logmel_extractor.melW"
+
+
+class AtomicCheckpointer(Checkpointer):
+    """A Checkpointer whose checkpoints exist whole or not at all.
+
+    SpeechBrain writes a checkpoint's meta file, which makes it one, before
+    the weights. Here it is renamed into place after them, so that a process
+    killed while saving leaves the previous checkpoint as the latest.
+    """
+
+    def _save_checkpoint_metafile(self, fpath, *args, **kwargs):
+        partial = fpath.with_suffix(".partial")
+        return super()._save_checkpoint_metafile(partial, *args, **kwargs)
+
+    def save_checkpoint(self, *args, **kwargs):
+        """As SpeechBrain's, with the meta file renamed last."""
+        checkpoint = super().save_checkpoint(*args, **kwargs)
+        if checkpoint is not None:
+            meta = checkpoint.path / METAFNAME
+            os.replace(meta.with_suffix(".partial"), meta)
+        # Deleting old ones is collective: all processes must see the same.
+        ddp_barrier()
+        return checkpoint
+
+
+def load_weights(
+    clap,
+    pann_ckpt_path=None,
+    clap_ckpt_path=None,
+    ssl_checkpoints_dir=None,
+    ssl_checkpointer=None,
+    recompute_mel=False,
+):
+    """Load every source that is named, in this order; the last one wins.
+
+    Arguments
+    ---------
+    clap : models.clap.CLAP
+        Model to fill.
+    pann_ckpt_path : str
+        PANNs' file, for the audio encoder's base.
+    clap_ckpt_path : str
+        File in the form of Microsoft's release, for the whole model.
+    ssl_checkpoints_dir : str
+        Checkpoint folder of a training run, for the whole model.
+    ssl_checkpointer : str
+        Which of its checkpoints; see `find_checkpoint`.
+    recompute_mel : bool
+        Put the filterbank for the model's own sample rate in place of the
+        loaded one.
+
+    Returns
+    -------
+    list of dict
+        `source`, `path` and `sha256` of each file that was loaded.
+
+    Raises
+    ------
+    FileNotFoundError
+        A source that was named does not exist or holds no weights.
+    ValueError
+        A source does not fit the model; missing, unexpected and misshapen
+        parameters are named.
+    """
+    computed_melW = clap.audio_encoder.base.logmel_extractor.melW.clone()
+    loaded = []
+    if pann_ckpt_path:
+        state = read_state(pann_ckpt_path, "pann_ckpt_path")
+        _load_strict(clap.audio_encoder.base, state, pann_ckpt_path)
+        loaded.append(("pann_ckpt_path", pann_ckpt_path))
+    if clap_ckpt_path:
+        state = read_state(clap_ckpt_path, "clap_ckpt_path")
+        _load_strict(clap, state, clap_ckpt_path)
+        loaded.append(("clap_ckpt_path", clap_ckpt_path))
+    if ssl_checkpoints_dir:
+        path = find_checkpoint(ssl_checkpoints_dir, ssl_checkpointer)
+        state = read_state(path, "ssl_checkpoints_dir")
+        _load_strict(clap, state, path)
+        loaded.append(("ssl_checkpoints_dir", path))
+    melW = clap.audio_encoder.base.logmel_extractor.melW
+    if recompute_mel:
+        melW.copy_(computed_melW)
+    elif not torch.allclose(melW, computed_melW, atol=1e-6):
+        logger.warning(
+            "The mel filterbank of the loaded weights, which is kept, is not "
+            "the one for %d Hz; recompute_mel takes that one instead.",
+            clap.sample_rate,
+        )
+    return [
+        {"source": flag, "path": str(path), "sha256": _sha256(path)}
+        for flag, path in loaded
+    ]
+
+
+def find_checkpoint(folder, which=None):
+    """The model's file in a SpeechBrain checkpoint folder.
+
+    Arguments
+    ---------
+    folder : str
+        Folder of `CKPT+...` folders, the run that holds it as `save`, or one
+        `CKPT+...` folder itself.
+    which : str
+        "acc" or "loss" for the best by that, "latest", or the name of one
+        checkpoint. None takes the best by accuracy, else by loss, else the
+        latest: the first of these that any checkpoint has a value for.
+
+    Returns
+    -------
+    pathlib.Path
+        `.../CKPT+.../clap.ckpt`.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such folder, no checkpoint in it, or no model in that.
+    """
+    named = f"ssl_checkpoints_dir={folder}"
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{named} is not a folder")
+    if (folder / METAFNAME).exists():
+        folder, which = folder.parent, folder.name
+    elif (folder / "save").is_dir():
+        folder = folder / "save"
+    checkpoints = Checkpointer(folder).find_checkpoints()
+    if not checkpoints:
+        raise FileNotFoundError(
+            f"{named} holds no checkpoint: no CKPT+*/{METAFNAME} in {folder}"
+        )
+    for key in ("acc", "loss"):
+        if which not in (None, key):
+            continue
+        having = [c for c in checkpoints if key in c.meta]
+        if having:
+            sign = 1 if key == "acc" else -1
+            chosen = max(having, key=lambda c: sign * c.meta[key])
+            why = f"best by {key}, {chosen.meta[key]:.4f}"
+            break
+    else:
+        matching = [c for c in checkpoints if c.path.name == which]
+        if which in (None, "latest"):
+            chosen, why = checkpoints[0], "the latest"
+        elif matching:
+            chosen, why = matching[0], "as named"
+        else:
+            raise FileNotFoundError(
+                f"{named} has no checkpoint '{which}'; give acc, loss, latest "
+                f"or one of {', '.join(c.path.name for c in checkpoints)}"
+            )
+    path = chosen.path / "clap.ckpt"
+    if not path.exists():
+        raise FileNotFoundError(f"{named}: {chosen.path} holds no clap.ckpt")
+    logger.info("Checkpoint %s (%s)", chosen.path, why)
+    return path
+
+
+def read_state(path, flag):
+    """The parameters in a weight file, with CLAP's or CNN14's names.
+
+    Arguments
+    ---------
+    path : str
+        File of any of the three forms.
+    flag : str
+        The flag that named it, for errors.
+
+    Returns
+    -------
+    dict
+        Name -> tensor. Left out are the DFT kernels, once they are found to
+        be those that the FFT front end computes with, and `position_ids`,
+        which older files of BERT hold.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ValueError
+        Not a weight file, or its front end is another one.
+    """
+    named = f"--{flag}={path}"
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{named} does not exist")
+    try:
+        with torch.serialization.safe_globals(_ARRAY_TYPES):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise ValueError(f"{named} is not a weight file: {reason}") from error
+    state = content.get("model", content) if isinstance(content, dict) else {}
+    state = {
+        name.removeprefix("module."): tensor
+        for name, tensor in state.items()
+        if torch.is_tensor(tensor)
+        and not name.endswith("embeddings.position_ids")
+    }
+    if not state:
+        raise ValueError(f"{named} holds no parameters")
+    for part, kernel in zip(("real", "imag"), _dft_kernels()):
+        for name in [n for n in state if n.endswith(_DFT.format(part))]:
+            found = state.pop(name)
+            if found.shape != kernel.shape or not torch.allclose(
+                found.float(), kernel, atol=1e-4
+            ):
+                raise ValueError(
+                    f"{named}: {name} is not the DFT under a Hann window of "
+                    "1024 samples that this front end computes"
+                )
+    return state
+
+
+def export_microsoft(clap, path):
+    """Write a model in the form of Microsoft's 2022 release.
+
+    Arguments
+    ---------
+    clap : models.clap.CLAP
+        Model to write.
+    path : str
+        Target; written beside and renamed.
+    """
+    state = {name: t.detach().cpu() for name, t in clap.state_dict().items()}
+    for part, kernel in zip(("real", "imag"), _dft_kernels()):
+        state[f"audio_encoder.base.{_DFT.format(part)}"] = kernel
+    torch.save({"model": state}, f"{path}.partial")
+    os.replace(f"{path}.partial", path)
+
+
+def _dft_kernels(size=1024):
+    """Real and imaginary DFT kernels under a Hann window, (513, 1, 1024)."""
+    samples = torch.arange(size, dtype=torch.float64)
+    # The product's remainder first: the angle of a large one is inexact.
+    turns = torch.outer(samples[: size // 2 + 1], samples).remainder(size)
+    angle = 2 * torch.pi / size * turns
+    window = torch.hann_window(size, dtype=torch.float64)
+    return (
+        (angle.cos() * window)[:, None].float(),
+        (-angle.sin() * window)[:, None].float(),
+    )
+
+
+def _load_strict(module, state, path):
+    """Load a state whose names and shapes must be exactly the module's."""
+    own = module.state_dict()
+    problems = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": [
+            f"{n} {tuple(state[n].shape)} instead of {tuple(own[n].shape)}"
+            for n in own
+            if n in state and state[n].shape != own[n].shape
+        ],
+    }
+    said = [
+        f"{len(names)} {kind}: {', '.join(names[:5])}"
+        + (" ..." if len(names) > 5 else "")
+        for kind, names in problems.items()
+        if names
+    ]
+    if said:
+        raise ValueError(
+            f"{path} does not fit the model. Parameters {'; '.join(said)}. "
+            "The network's settings (the key clap) must be those that the "
+            "weights were trained with."
+        )
+    module.load_state_dict(state)
+    logger.info("Loaded %d parameters from %s", len(state), path)
+
+
+def _sha256(path):
+    """Hash of a file's content, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

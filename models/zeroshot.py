@@ -1,0 +1,110 @@
+"""Zero-shot classification: classes are the captions of their names."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def prompted(template, text):
+    """A class name in a prompt.
+
+    Arguments
+    ---------
+    template : str
+        "{}" in it stands for the name; without one, the name comes behind it.
+    text : str
+        The name of the class.
+
+    Returns
+    -------
+    str
+    """
+    if "{}" in template:
+        return template.replace("{}", text)
+    return f"{template.rstrip()} {text}"
+
+
+@torch.no_grad()
+def class_embeddings(clap, tokenize, texts, templates, device):
+    """Embeddings of classes: the renormalised mean over the templates.
+
+    Arguments
+    ---------
+    clap : models.clap.CLAP
+        In eval mode.
+    tokenize : callable
+        List of str -> dict of token tensors.
+    texts : list of str
+        Names of the classes.
+    templates : str or list of str
+        One prompt or several; see `prompted`.
+    device : str
+        Where the model is.
+
+    Returns
+    -------
+    torch.Tensor
+        (classes, d_proj) fp32, unit-norm.
+    """
+    if isinstance(templates, str):
+        templates = [templates]
+    total = 0
+    for template in templates:
+        tokens = tokenize([prompted(template, text) for text in texts])
+        tokens = {k: v.to(device) for k, v in tokens.items()}
+        total = total + clap.encode_text(tokens)
+    return F.normalize(total, dim=-1)
+
+
+@torch.no_grad()
+def clip_embeddings(clap, windows, counts):
+    """Embeddings of whole clips: the renormalised mean over their windows.
+
+    Arguments
+    ---------
+    clap : models.clap.CLAP
+        In eval mode.
+    windows : torch.Tensor
+        (sum of counts, samples), the windows of clip after clip.
+    counts : list of int
+        Windows of each clip.
+
+    Returns
+    -------
+    torch.Tensor
+        (clips, d_proj) fp32, unit-norm.
+    """
+    embeddings = clap.encode_audio(windows).split(counts)
+    means = torch.stack([clip.mean(dim=0) for clip in embeddings])
+    return F.normalize(means, dim=-1)
+
+
+def bootstrap_interval(correct, confidence=0.95, resamples=10000, seed=0):
+    """Percentile bootstrap interval of an accuracy.
+
+    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", chapter
+    13. A resample's count of correct clips is binomial, so it is drawn as such.
+
+    Arguments
+    ---------
+    correct : array of bool
+        (clips,), whether each clip was classified correctly.
+    confidence : float
+        Probability mass inside.
+    resamples : int
+        Number of draws.
+    seed : int
+        Seed of the draws.
+
+    Returns
+    -------
+    tuple of float
+        Lower and upper end.
+    """
+    correct = np.asarray(correct, dtype=bool)
+    draws = np.random.default_rng(seed).binomial(
+        len(correct), correct.mean(), size=resamples
+    )
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws / len(correct), [tail, 1 - tail])
+    return float(low), float(high)

@@ -1,0 +1,53 @@
+"""Small audio files, models and text folders that tests share."""
+
+import os
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Networks this small gain nothing from threads, and tests run side by side.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+# Nothing is looked up on a hub: a test must pass without a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+CAPTION = "this is a sound of dog rain siren hum click barks falls wails"
+
+
+def write_noise(path, seconds, rate, channels=1, seed=0, **kwargs):
+    """White noise in an audio file; returns its path as text."""
+    rng = np.random.default_rng(seed)
+    shape = (round(seconds * rate), channels)
+    soundfile.write(path, 0.3 * rng.uniform(-1, 1, shape), rate, **kwargs)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory):
+    """Folder of a tiny BERT: config and vocabulary, no weights."""
+    from dataset.text_model import make_text_model
+
+    folder = tmp_path_factory.mktemp("text") / "model"
+    make_text_model([CAPTION], str(folder), hidden_size=16)
+    return str(folder)
+
+
+@pytest.fixture
+def tiny_clap(text_model):
+    """A CLAP model of a few thousand parameters, in eval mode."""
+    from models.clap import CLAP
+
+    torch.manual_seed(0)
+    model = CLAP(
+        text_model=text_model,
+        text_pretrained=False,
+        sample_rate=16000,
+        duration=1,
+        fmax=8000,
+        width=2,
+        d_proj=8,
+    )
+    return model.eval()

@@ -1,0 +1,141 @@
+"""Windows equal those of the whole file, decoded and resampled at once."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torchaudio
+from conftest import write_noise
+
+from dataset.audio import AudioError, AudioReader, open_audio, read_samples
+
+FORMATS = {
+    "wav8": dict(format="WAV", subtype="PCM_U8"),
+    "wav16": dict(format="WAV", subtype="PCM_16"),
+    "wav24": dict(format="WAV", subtype="PCM_24"),
+    "wav32": dict(format="WAV", subtype="PCM_32"),
+    "float": dict(format="WAV", subtype="FLOAT"),
+    "flac": dict(format="FLAC", subtype="PCM_16"),
+    "ogg": dict(format="OGG", subtype="VORBIS"),
+    "mp3": dict(format="MP3"),
+}
+
+
+def whole(path, sample_rate):
+    """Reference: decode all, mean of the channels, resample all."""
+    frames, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    mono = torch.from_numpy(frames.mean(axis=1))
+    return torchaudio.transforms.Resample(rate, sample_rate)(mono)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_formats(tmp_path, form, channels):
+    path = write_noise(tmp_path / "a", 2.0, 44100, channels, **FORMATS[form])
+    expected = whole(path, 44100)
+    with open_audio(path) as file:
+        samples = read_samples(file, 44100, 30011, 50021)
+    # A seek in MP3 restarts the decoder, whose state fades in a few frames.
+    atol = 1e-4 if form == "mp3" else 0
+    torch.testing.assert_close(
+        samples, expected[30011:50021], rtol=0, atol=atol
+    )
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000, 11025])
+@pytest.mark.parametrize("target", [16000, 32000, 44100])
+def test_resampled_window_is_that_of_the_whole(tmp_path, rate, target):
+    path = write_noise(tmp_path / "a.wav", 1.5, rate, 2)
+    expected = whole(path, target)
+    n = len(expected)
+    for begin, end in [
+        (0, 100),
+        (0, n),
+        (777, 9001),
+        (n - 3001, n),
+        (n - 1, n),
+    ]:
+        with open_audio(path) as file:
+            samples = read_samples(file, target, begin, end)
+        # Convolutions of other lengths may round otherwise, by an ulp or two.
+        torch.testing.assert_close(
+            samples, expected[begin:end], rtol=0, atol=2e-7
+        )
+
+
+def test_crop_reaches_both_ends_and_takes_a_start(tmp_path):
+    path = write_noise(tmp_path / "a.wav", 3.0, 16000)
+    samples = whole(path, 16000)
+    reader = AudioReader(16000, 1.0)
+    assert torch.equal(reader.crop(path, 0.0), samples[:16000])
+    assert torch.equal(reader.crop(path, 1.0), samples[-16000:])
+    assert torch.equal(reader.crop(path, 0.5), samples[16000:32000])
+    assert torch.equal(reader.crop(path, start=0.5), samples[8000:24000])
+    assert torch.equal(reader.crop(path, start=99), samples[-16000:])
+
+
+def test_windows_cover_the_clip(tmp_path):
+    path = write_noise(tmp_path / "a.wav", 2.5, 16000)
+    samples = whole(path, 16000)
+    windows = AudioReader(16000, 1.0).windows(path)
+    expected = [samples[:16000], samples[16000:32000], samples[24000:]]
+    assert torch.equal(windows, torch.stack(expected))
+    exact = write_noise(tmp_path / "b.wav", 2.0, 16000)
+    assert AudioReader(16000, 1.0).windows(exact).shape == (2, 16000)
+
+
+def test_short_clips_are_repeated_or_padded(tmp_path):
+    path = write_noise(tmp_path / "a.wav", 0.3, 16000)
+    samples = whole(path, 16000)
+    repeated = AudioReader(16000, 1.0, "repeat").crop(path)
+    assert torch.equal(repeated, samples.repeat(4)[:16000])
+    padded = AudioReader(16000, 1.0, "zero").crop(path)
+    assert torch.equal(padded[:4800], samples)
+    assert padded[4800:].abs().max() == 0
+    with pytest.raises(ValueError, match="repeat"):
+        AudioReader(16000, 1.0, "mirror")
+
+
+def test_only_the_window_is_decoded(tmp_path, monkeypatch):
+    path = write_noise(tmp_path / "a.flac", 30.0, 48000)
+    decoded = []
+    read = soundfile.SoundFile.read
+
+    def counting(self, frames=-1, **kwargs):
+        decoded.append(frames)
+        return read(self, frames, **kwargs)
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", counting)
+    AudioReader(44100, 1.0).crop(path, 0.7)
+    assert 48000 <= sum(decoded) < 49000
+
+
+def test_unusable_files(tmp_path):
+    reader = AudioReader(16000, 1.0)
+    (tmp_path / "text.wav").write_text("no audio")
+    (tmp_path / "empty.wav").write_bytes(b"")
+    soundfile.write(tmp_path / "none.wav", np.zeros(0), 16000)
+    soundfile.write(
+        tmp_path / "nan.wav", np.full(100, np.nan), 16000, subtype="FLOAT"
+    )
+    for name in ("text", "empty", "none", "nan", "absent"):
+        with pytest.raises(AudioError):
+            reader.crop(str(tmp_path / f"{name}.wav"))
+    with pytest.raises(AudioError, match="NaN"):
+        reader.crop(str(tmp_path / "nan.wav"))
+
+
+def test_truncated_flac(tmp_path):
+    path = tmp_path / "a.flac"
+    write_noise(path, 4.0, 16000)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    reader = AudioReader(16000, 1.0)
+    assert reader.crop(str(path), 0.0).shape == (16000,)
+    with pytest.raises(AudioError):
+        reader.crop(str(path), 1.0)
+
+
+def test_silence_is_a_sound(tmp_path, tiny_clap):
+    soundfile.write(tmp_path / "a.wav", np.zeros(16000), 16000)
+    wav = AudioReader(16000, 1.0).crop(str(tmp_path / "a.wav"))
+    assert torch.isfinite(tiny_clap.encode_audio(wav[None])).all()

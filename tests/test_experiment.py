@@ -1,0 +1,192 @@
+"""The command line: given, deleted and empty flags, and wrong ones."""
+
+import shlex
+
+import pytest
+import torch
+
+import experiment
+
+YAML = """
+data_folder: null
+clap_ckpt_path: null
+ssl_checkpointer: null
+batch_size: 128
+base_lr: 0.0001
+text_prompt: "this is a sound of "
+time_stamp: null
+resume_interrupt: False
+prev_ckpt_dir: null
+prev_checkpointer: null
+ckpt_interval_minutes: 15
+ckpt_interval_steps: 0
+output_base: results
+experiment_name: test
+output_folder: !ref <output_base>/<experiment_name>/<time_stamp>
+network: {width: 64, depth: 3}
+"""
+
+
+@pytest.fixture
+def yaml_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "h.yaml").write_text(YAML)
+    return "h.yaml"
+
+
+def parse(yaml_file, *flags):
+    _, run_opts, overrides = experiment.parse_arguments([yaml_file, *flags])
+    return run_opts, overrides
+
+
+def test_values(yaml_file, tmp_path):
+    weights = tmp_path / "Cnn14_mAP=0.431 #1.pth"
+    weights.touch()
+    run_opts, overrides = parse(
+        yaml_file,
+        f"--clap_ckpt_path={weights}",
+        "--base_lr=1e-4",
+        "--batch_size",
+        "32",
+        "--text_prompt=the sound of: a",
+        "--network={width: 8}",
+        "--device=cpu",
+        "--auto_mix_prec",
+        "--grad_accumulation_factor=2",
+        "--max_grad_norm=1",
+    )
+    assert overrides == {
+        "clap_ckpt_path": str(weights),
+        "base_lr": 1e-4,
+        "batch_size": 32,
+        "text_prompt": "the sound of: a",
+        "network": {"width": 8},
+    }
+    assert run_opts == {
+        "device": "cpu",
+        "auto_mix_prec": True,
+        "grad_accumulation_factor": 2,
+        "max_grad_norm": 1.0,
+    }
+    assert isinstance(run_opts["max_grad_norm"], float)
+
+
+@pytest.mark.parametrize("empty", ["", "=", "=null", "=None"])
+def test_empty_flags_are_as_if_deleted(yaml_file, empty):
+    keys = ("data_folder", "ssl_checkpointer", "batch_size", "precision",
+            "auto_mix_prec")  # fmt: skip
+    if empty == "":
+        keys = keys[:-1]  # a switch without a value is on
+    flags = [f"--{key}{empty}" for key in keys]
+    assert parse(yaml_file, *flags) == ({}, {})
+
+
+@pytest.mark.parametrize("value", ["True", "False"])
+def test_switches_take_a_value(yaml_file, value):
+    run_opts, _ = parse(yaml_file, f"--auto_mix_prec={value}")
+    assert run_opts == {"auto_mix_prec": value == "True"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batchsize=3"], "did you mean --batch_size"),
+        (["--prec=bf16"], "did you mean --precision"),
+        (["--precision=bf8"], "fp32, fp16, bf16"),
+        (["--batch_size=3", "--batch_size=4"], "twice"),
+        (["--data_folder=nowhere"], "--data_folder=nowhere does not exist"),
+        (["batch_size=3"], "is no flag"),
+        (["--grad_accumulation_factor=two"], "give a int"),
+        (["--auto_mix_prec=maybe"], "give a bool"),
+    ],
+)
+def test_wrong_flags(yaml_file, flags, message):
+    with pytest.raises(SystemExit, match=message):
+        parse(yaml_file, *flags)
+
+
+def test_wrong_hparams_files():
+    with pytest.raises(
+        SystemExit, match=r"no hyperparameter file absent\.yaml"
+    ):
+        experiment.parse_arguments(["absent.yaml"])
+    with pytest.raises(SystemExit, match="usage"):
+        experiment.parse_arguments(["--batch_size=3"])
+
+
+def test_base(yaml_file, tmp_path):
+    (tmp_path / "sub").mkdir()
+    child = tmp_path / "sub" / "c.yaml"
+    child.write_text("base: ../h.yaml\nbatch_size: 8\nnetwork:\n    width: 4\n")
+    path, _, overrides = experiment.parse_arguments(
+        [str(child), "--network={depth: 1}", "--base_lr=1"]
+    )
+    assert (tmp_path / "h.yaml").samefile(path)
+    assert overrides == {
+        "batch_size": 8,
+        "network": {"width": 4, "depth": 1},
+        "base_lr": 1,
+    }
+
+
+def test_steps_replace_minutes_between_checkpoints(yaml_file):
+    _, overrides = parse(yaml_file, "--ckpt_interval_steps=5")
+    assert overrides["ckpt_interval_minutes"] == 0
+
+
+def test_options_that_need_a_gpu(monkeypatch, caplog):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    run_opts = experiment.fit_to_device(
+        {"auto_mix_prec": True, "data_parallel_backend": True}
+    )
+    assert run_opts == {"device": "cpu", "distributed_backend": "gloo"}
+    assert caplog.text.count("needs a GPU") == 2
+    with pytest.raises(SystemExit, match="bf16"):
+        experiment.fit_to_device({"precision": "fp16"})
+    assert (
+        experiment.fit_to_device({"precision": "bf16"})["precision"] == "bf16"
+    )
+
+
+def test_output_folder(yaml_file, tmp_path):
+    overrides = {}
+    assert not experiment.name_output_folder(yaml_file, overrides)
+    assert list(overrides) == ["time_stamp"]
+    overrides = {"output_folder": "x"}
+    assert experiment.name_output_folder(yaml_file, overrides)
+    (tmp_path / "run" / "save").mkdir(parents=True)
+    for previous in ("run", "run/save"):
+        overrides = {"resume_interrupt": True, "prev_ckpt_dir": previous}
+        assert experiment.name_output_folder(yaml_file, overrides)
+        assert overrides["output_folder"] == str(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"resume_interrupt": True}, "needs --prev_ckpt_dir"),
+        ({"prev_ckpt_dir": "."}, "without --resume_interrupt"),
+        ({"resume_interrupt": True, "prev_ckpt_dir": "."}, "not the save"),
+        ({"prev_checkpointer": "CKPT+x"}, "ssl_checkpoints_dir"),
+    ],
+)
+def test_impossible_resumes(yaml_file, overrides, message):
+    with pytest.raises(SystemExit, match=message):
+        experiment.name_output_folder(yaml_file, overrides)
+
+
+def test_resume_command(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    argv = ["h.yaml", "--text_prompt=a b", "--resume_interrupt=False"]
+    command = experiment.resume_command(argv, "out", same_command=False)
+    assert shlex.split(command) == [
+        "python",
+        "train.py",
+        "h.yaml",
+        "--text_prompt=a b",
+        "--resume_interrupt=True",
+        "--prev_ckpt_dir=out/save",
+    ]
+    assert experiment.resume_command(argv, "out", True) == shlex.join(
+        ["python", "train.py", *argv]
+    )

@@ -1,0 +1,154 @@
+"""Losses against closed forms, and gathered ones against a joined batch."""
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from models.losses import (
+    contrastive_loss,
+    contrastive_targets,
+    gather_with_gradient,
+)
+
+
+def embeddings(rows, seed, d=6):
+    torch.manual_seed(seed)
+    return F.normalize(torch.randn(rows, d, dtype=torch.double), dim=1)
+
+
+def test_one_hot_targets_give_clips_loss():
+    audio, text = embeddings(5, 0), embeddings(5, 1)
+    ids = torch.arange(5)
+    targets = contrastive_targets(ids, ids, ids, ids)
+    assert torch.equal(targets, torch.eye(5))
+    scale = torch.tensor(10.0)
+    loss = contrastive_loss(audio, text, audio, text, scale, targets, targets)
+    logits = 10 * audio @ text.T
+    expected = -(logits.log_softmax(1) + logits.log_softmax(0)).diag().mean()
+    assert loss.item() == pytest.approx(expected.item() / 2, rel=1e-6)
+
+
+def test_captions_of_a_clip_and_clips_of_a_caption_are_no_negatives():
+    clips, captions = torch.tensor([7, 7, 8, 9]), torch.tensor([1, 2, 2, 3])
+    targets = contrastive_targets(clips, captions, clips, captions)
+    expected = torch.tensor(
+        [
+            [1 / 2, 1 / 2, 0, 0],
+            [1 / 3, 1 / 3, 1 / 3, 0],
+            [0, 1 / 2, 1 / 2, 0],
+            [0, 0, 0, 1],
+        ]
+    )
+    torch.testing.assert_close(targets, expected)
+
+
+def test_identical_embeddings_have_the_uniform_loss():
+    same = embeddings(1, 0).expand(4, -1)
+    ids = torch.arange(4)
+    targets = contrastive_targets(ids, ids, ids, ids)
+    scale = torch.tensor(100.0)
+    loss = contrastive_loss(same, same, same, same, scale, targets, targets)
+    assert loss.item() == pytest.approx(torch.tensor(4.0).log().item())
+
+
+def test_gradients():
+    ids = torch.tensor([0, 0, 1])
+    targets = contrastive_targets(ids, ids, ids, ids).double()
+    audio = embeddings(3, 0).requires_grad_()
+    text = embeddings(3, 1).requires_grad_()
+    scale = torch.tensor(3.0, dtype=torch.double, requires_grad=True)
+    torch.autograd.gradcheck(
+        lambda a, t, s: contrastive_loss(a, t, a, t, s, targets, targets),
+        (audio, text, scale),
+    )
+
+
+def batch():
+    """Eight pairs of inputs; two are of one clip, in different ranks."""
+    torch.manual_seed(3)
+    return (
+        torch.randn(8, 5),
+        torch.randn(8, 7),
+        torch.tensor([0, 1, 2, 3, 1, 4, 5, 6]),
+        torch.arange(8),
+    )
+
+
+def build():
+    """Two projections and a scale, in place of the encoders."""
+    torch.manual_seed(4)
+    return torch.nn.ModuleDict(
+        {
+            "audio": torch.nn.Linear(5, 4),
+            "text": torch.nn.Linear(7, 4),
+            "scale": torch.nn.Linear(1, 1),
+        }
+    )
+
+
+class Towers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = build()
+
+    def forward(self, audio, text):
+        return (
+            F.normalize(self.parts["audio"](audio), dim=1),
+            F.normalize(self.parts["text"](text), dim=1),
+            self.parts["scale"](torch.ones(1)).exp().squeeze(),
+        )
+
+
+def rank_loss(model, rows):
+    """As CLAPBrain computes it, on this process's rows."""
+    x, y, clips, captions = (t[rows] for t in batch())
+    audio, text, scale = model(x, y)
+    targets = contrastive_targets(
+        clips,
+        captions,
+        gather_with_gradient(clips),
+        gather_with_gradient(captions),
+    )
+    return contrastive_loss(
+        audio,
+        text,
+        gather_with_gradient(audio),
+        gather_with_gradient(text),
+        scale,
+        targets,
+        targets,
+    )
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def worker(rank, world_size, folder):
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+    )
+    model = torch.nn.parallel.DistributedDataParallel(Towers())
+    share = 8 // world_size
+    loss = rank_loss(model, slice(rank * share, (rank + 1) * share))
+    loss.backward()
+    torch.distributed.all_reduce(loss.detach())
+    if rank == 0:
+        result = gradients(model.module), loss.detach() / world_size
+        torch.save(result, f"{folder}/result")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_gradients_of_the_joined_batch(tmp_path):
+    mp.spawn(worker, (2, str(tmp_path)), nprocs=2)
+    found, loss = torch.load(tmp_path / "result")
+    model = Towers()
+    expected = rank_loss(model, slice(0, 8))
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,182 @@
+"""The networks against torchlibrosa and an independent CNN14."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchlibrosa
+from transformers import DistilBertConfig, DistilBertModel
+
+from models.clap import CLAP
+from models.cnn14 import CNN14, LogMel
+
+
+def reference_logmel(sample_rate, fmin, fmax):
+    """PANNs' front end, as torchlibrosa computes it: DFT as convolution."""
+    return torch.nn.Sequential(
+        torchlibrosa.stft.Spectrogram(n_fft=1024, hop_length=320),
+        torchlibrosa.stft.LogmelFilterBank(
+            sr=sample_rate, n_fft=1024, n_mels=64, fmin=fmin, fmax=fmax,
+            amin=1e-10, top_db=None,
+        ),
+    )  # fmt: skip
+
+
+def reference_cnn14(state, logmel):
+    """CNN14 by the letter of PANNs' Table I, from a state dictionary.
+
+    Arguments
+    ---------
+    state : dict
+        PANNs' parameters.
+    logmel : torch.Tensor
+        (batch, 1, frames, 64).
+    """
+
+    def norm(x, name):
+        stats = [
+            state[f"{name}.{k}"]
+            for k in ("running_mean", "running_var", "weight", "bias")
+        ]
+        return F.batch_norm(x, *stats, training=False)
+
+    x = norm(logmel.permute(0, 3, 2, 1), "bn0").permute(0, 3, 2, 1)
+    for i in range(1, 7):
+        for j in (1, 2):
+            name = f"conv_block{i}"
+            x = F.conv2d(x, state[f"{name}.conv{j}.weight"], padding=1)
+            x = F.relu(norm(x, f"{name}.bn{j}"))
+        x = F.avg_pool2d(x, (2, 2) if i < 6 else (1, 1))
+    x = x.mean(3)
+    x = x.max(2).values + x.mean(2)
+    return F.relu(F.linear(x, state["fc1.weight"], state["fc1.bias"]))
+
+
+def test_logmel_equals_torchlibrosa():
+    torch.manual_seed(0)
+    wavs = 0.1 * torch.randn(3, 44100)
+    wavs[1] += torch.sin(440 * 2 * math.pi * torch.arange(44100) / 44100)
+    expected = reference_logmel(44100, 50, 14000)(wavs)[:, 0]
+    logmel = LogMel(44100, 1024, 320, 64, 50, 14000)(wavs)
+    assert logmel.shape == (3, 138, 64)
+    error = (logmel - expected).abs()
+    near_peak = expected > expected.amax(dim=2, keepdim=True) - 80
+    assert (error < 1e-3).float().mean() >= 0.999
+    assert error[near_peak].max() < 5e-3
+    assert error.max() < 0.1
+
+
+def test_logmel_is_fp32_under_autocast_and_bounded_in_silence():
+    front = LogMel(16000, 1024, 320, 64, 50, 8000)
+    wavs = torch.randn(1, 16000)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = front(wavs.bfloat16().float())
+    assert torch.equal(low, front(wavs.bfloat16().float()))
+    silence = front(torch.zeros(1, 16000))
+    assert torch.equal(silence, torch.full_like(silence, -100.0))
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_cnn14_equals_the_reference(width):
+    torch.manual_seed(0)
+    model = CNN14(width=width).train()
+    wavs = 0.1 * torch.randn(2, 44100)
+    model(wavs)  # moves the running statistics away from 0 and 1
+    model.eval()
+    logmel = model.logmel_extractor(wavs)[:, None]
+    expected = reference_cnn14(model.state_dict(), logmel)
+    embedding = model(wavs)
+    assert embedding.shape == (2, 32 * width)
+    torch.testing.assert_close(embedding, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_are_unit_norm_and_independent_of_padding(tiny_clap):
+    torch.manual_seed(0)
+    audio = tiny_clap.encode_audio(torch.randn(3, 16000))
+    torch.testing.assert_close(audio.norm(dim=1), torch.ones(3))
+    ids = torch.tensor([[2, 7, 9, 3]])
+    tokens = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    padded = {k: F.pad(v, (0, 5)) for k, v in tokens.items()}
+    text = tiny_clap.encode_text(tokens)
+    torch.testing.assert_close(text.norm(dim=1), torch.ones(1))
+    torch.testing.assert_close(
+        tiny_clap.encode_text(padded), text, rtol=1e-4, atol=1e-5
+    )
+    _, _, scale = tiny_clap(torch.randn(1, 16000), tokens)
+    assert scale.item() == pytest.approx(1 / 0.07)
+
+
+def test_zero_vectors_stay_finite(tiny_clap):
+    for encoder in (tiny_clap.audio_encoder, tiny_clap.caption_encoder):
+        torch.nn.init.zeros_(encoder.projection.layer_norm.weight)
+        d_in = encoder.projection.linear1.in_features
+        assert encoder.project(torch.randn(2, d_in)).abs().max() == 0
+
+
+def test_logit_scale_is_clamped_and_can_come_back(tiny_clap):
+    with torch.no_grad():
+        tiny_clap.logit_scale.fill_(9.0)
+    tiny_clap.clamp_logit_scale()
+    assert tiny_clap.logit_scale.exp().item() == pytest.approx(100)
+    tiny_clap.logit_scale.exp().backward()
+    assert tiny_clap.logit_scale.grad.item() == pytest.approx(100)
+
+
+def test_frozen_encoders_stay_as_they_are(text_model):
+    model = CLAP(
+        text_model=text_model,
+        text_pretrained=False,
+        width=2,
+        d_proj=8,
+        freeze_audio_encoder=True,
+        freeze_text_encoder=True,
+    ).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    ids = torch.tensor([[2, 7, 3], [2, 8, 3]])
+    tokens = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    audio, text, scale = model(torch.randn(2, 44100), tokens)
+    (scale * (audio * text).sum()).backward()
+    optimizer.step()
+    changed = {
+        k for k, v in model.state_dict().items() if (v != before[k]).any()
+    }
+    assert changed
+    assert not any(".base." in k for k in changed)
+
+
+def test_what_never_reaches_the_loss_has_no_gradient(tiny_clap):
+    """DDP waits for every parameter that requires a gradient."""
+    ids = torch.tensor([[2, 7, 3], [2, 8, 3]])
+    tokens = dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        token_type_ids=torch.zeros_like(ids),
+    )
+    audio, text, scale = tiny_clap(torch.randn(2, 16000), tokens)
+    (scale * (audio @ text.T)[0, 1]).backward()
+    unused = [
+        name
+        for name, p in tiny_clap.named_parameters()
+        if p.requires_grad and p.grad is None
+    ]
+    assert unused == []
+
+
+def test_other_text_encoders(tmp_path):
+    """A model without pooler and token types, with its own weights."""
+    torch.manual_seed(0)
+    config = DistilBertConfig(
+        vocab_size=30, dim=16, hidden_dim=32, n_layers=1, n_heads=2
+    )
+    text = DistilBertModel(config).eval()
+    text.save_pretrained(tmp_path)
+    model = CLAP(text_model=str(tmp_path), width=2, d_proj=8).eval()
+    tokens = dict(input_ids=torch.tensor([[2, 7, 3]]))
+    hidden = text(**tokens).last_hidden_state[:, 0]
+    projected = model.caption_encoder.projection(hidden)
+    torch.testing.assert_close(
+        model.encode_text(tokens), F.normalize(projected, dim=1)
+    )
+    assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -1,0 +1,813 @@
+"""Captions found in official layouts, checked, counted and split."""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+
+from dataset import prepare_captions as module
+from dataset.prepare_captions import prepare_captions
+
+AUDIOCAPS = Path(__file__).parents[2] / "shared/audiocaps"
+HEADER = "audiocap_id,youtube_id,start_time,caption\n"
+RATE = 8000
+
+
+def wav(path, seconds=0.1):
+    """A short audio file, in the format that its ending says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, round(RATE * seconds))
+    soundfile.write(path, noise, RATE)
+    return str(path)
+
+
+def text(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def read(path):
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
+def pairs(save):
+    """All pairs in the two manifests, as (dataset, wav_path, caption)."""
+    both = pd.concat(
+        [read(save / "train_raw.csv"), read(save / "valid_raw.csv")]
+    )
+    return sorted(zip(both["dataset"], both["wav_path"], both["caption"]))
+
+
+def skipped(save):
+    frame = read(save / "skipped_audio.csv")
+    return dict(zip(frame["wav_path"], frame["reason"]))
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def save(tmp_path):
+    return tmp_path / "out" / "save"
+
+
+def ready_csv(tmp_path, clips=20, captions=2):
+    """A ready CSV of several recordings with several captions each."""
+    rows = ["wav_path,caption"]
+    for clip in range(clips):
+        wav(tmp_path / f"audio/{clip:02}.wav")
+        rows += [f"audio/{clip:02}.wav,{clip} {i}" for i in range(captions)]
+    return text(tmp_path / "ready.csv", "\n".join(rows))
+
+
+# ---- Layouts --------------------------------------------------------------
+
+
+def test_audiocaps_any_csv_name_and_every_audio_name(data, save):
+    text(
+        data / "captions/whatever.csv",
+        HEADER
+        + "1,aaaaaaaaaaa,30,with its start\n"
+        + "2,bbbbbbbbbbb,0,only the id\n"
+        + "3,ccccccccccc,10,a Y before it\n"
+        + "4,ddddddddddd,10,a Y and a start\n"
+        + "5,-e_eeeeeee,7,\n"
+        + "6,fffffffffff,40,nowhere\n"
+        + "7,fffffffffff,40,nowhere again\n",
+    )
+    a = wav(data / "wavs/aaaaaaaaaaa_30.wav")
+    b = wav(data / "wavs/deep/bbbbbbbbbbb.flac")
+    c = wav(data / "other/Yccccccccccc.ogg")
+    d = wav(data / "Yddddddddddd_10.WAV")
+    wav(data / "-e_eeeeeee_7.wav")
+    wav(data / "unlisted.wav", 1)
+    counts = prepare_captions(save, data)
+    assert pairs(save) == sorted(
+        [
+            ("audiocaps", a, "with its start"),
+            ("audiocaps", b, "only the id"),
+            ("audiocaps", c, "a Y before it"),
+            ("audiocaps", d, "a Y and a start"),
+        ]
+    )
+    assert skipped(save) == {"fffffffffff_40": "missing"}
+    assert counts["datasets"] == {
+        "audiocaps": {
+            "clips": 4,
+            "captions": 4,
+            "hours": round(0.4 / 3600, 4),
+            "missing": 1,
+            "unreadable": 0,
+            "no_caption": 1,
+            "duplicates": 0,
+            "held_out": 0,
+        }
+    }
+
+
+def test_audiocaps_as_a_spreadsheet_writes_it(data, save):
+    header = '\ufeff"audiocap_id","youtube_id","start_time","caption"\r\n'
+    text(data / "a.csv", header + '"1","aaaaaaaaaaa","30","a, b"\r\n\r\n')
+    path = wav(data / "aaaaaaaaaaa.wav")
+    prepare_captions(save, data)
+    assert pairs(save) == [("audiocaps", path, "a, b")]
+
+
+def test_audiocaps_prefers_the_clip_over_the_whole_video(data, save):
+    text(data / "train.csv", HEADER + "1,aaaaaaaaaaa,30,x\n")
+    wav(data / "aaaaaaaaaaa.wav")
+    clip = wav(data / "far/away/aaaaaaaaaaa_30.wav")
+    prepare_captions(save, data)
+    assert pairs(save) == [("audiocaps", clip, "x")]
+
+
+def clotho(folder, split, names, caption="{name} {i}"):
+    header = "file_name," + ",".join(f"caption_{i}" for i in range(1, 6))
+    rows = [
+        ",".join([name] + [caption.format(name=name, i=i) for i in range(5)])
+        for name in names
+    ]
+    text(folder / f"clotho_captions_{split}.csv", "\n".join([header] + rows))
+
+
+def test_clotho_beside_and_below_in_any_format(data, save):
+    clotho(data / "Clotho", "development", ["Rain on roof.wav", "b.c.wav"])
+    clotho(data / "Clotho", "validation", ["rüb.wav"])
+    rain = wav(data / "Clotho/development/Rain on roof.wav")
+    dotted = wav(data / "Clotho/development/b.c.flac")
+    val = wav(data / "Clotho/clotho_audio_files/validation/rüb.wav")
+    counts = prepare_captions(save, data)
+    assert pairs(save) == sorted(
+        ("clotho", path, f"{name} {i}")
+        for path, name in (
+            (rain, "Rain on roof.wav"),
+            (dotted, "b.c.wav"),
+            (val, "rüb.wav"),
+        )
+        for i in range(5)
+    )
+    assert counts["datasets"]["clotho"]["clips"] == 3
+    assert counts["datasets"]["clotho"]["captions"] == 15
+
+
+def test_equal_names_the_named_folder_then_the_nearest(data, save):
+    clotho(data / "z/Clotho", "development", ["same.wav", "near.wav"])
+    # Nearer in the tree, and earlier in the alphabet, but not the split's.
+    wav(data / "z/Clotho/a/same.wav")
+    same = wav(data / "z/audio/development/same.wav")
+    wav(data / "a/near.wav")
+    near = wav(data / "z/audio/near.flac")
+    prepare_captions(save, data)
+    assert {path for _, path, _ in pairs(save)} == {same, near}
+
+
+def test_macs_text_stays_text(data, save):
+    text(
+        data / "MACS/MACS.yaml",
+        "files:\n"
+        "- filename: airport-1.wav\n"
+        "  annotations:\n"
+        "  - {annotator_id: 1, sentence: No, tags: [x]}\n"
+        "  - {annotator_id: 2, sentence: '2019-01-01', tags: []}\n"
+        "- filename: park-2.wav\n"
+        "  annotations:\n"
+        "  - {annotator_id: 1, sentence: 'Birds, children.'}\n",
+    )
+    airport = wav(data / "TAU/audio/airport-1.flac")
+    counts = prepare_captions(save, data)
+    assert pairs(save) == [
+        ("macs", airport, "2019-01-01"),
+        ("macs", airport, "No"),
+    ]
+    assert skipped(save) == {"park-2.wav": "missing"}
+    assert counts["datasets"]["macs"]["missing"] == 1
+
+
+def fsd50k(folder, split, clips, metadata="FSD50K.metadata"):
+    """FSD50K's layout; clips: name -> (title, description), None without."""
+    rows = ["fname,labels,mids"] + [f'{name},"A,B","/m/1"' for name in clips]
+    text(folder / f"FSD50K.ground_truth/{split}.csv", "\n".join(rows))
+    info = {
+        name: {"title": clip[0], "description": clip[1], "tags": ["t"]}
+        for name, clip in clips.items()
+        if clip
+    }
+    text(
+        folder / metadata / f"{split}_clips_info_FSD50K.json", json.dumps(info)
+    )
+
+
+@pytest.mark.parametrize("metadata", ["FSD50K.metadata", "FSD50K.ground_truth"])
+def test_fsd50k_title_and_description(data, save, metadata):
+    root = data / "FSD50K"
+    fsd50k(
+        root,
+        "dev",
+        {
+            "1": (
+                "Dog_bark.wav",
+                "My &quot;dog&quot;,<br />5 &lt; 6 and 3 < 4 &lt;live&gt;.\r\n"
+                '<b>Loud</b>! <a href="http://x.y/z">http://x.y</a>\n'
+                'See http://a.b/c <img src="http://i.j/k.png"> '
+                "www.d.e  there",
+            ),
+            "2": ("Rain.AIFF", ""),
+            "3": ("", "only described"),
+            "4": ("", " \n"),
+            "5": None,
+            "6": ("v1.5 take", "lost"),
+        },
+        metadata,
+    )
+    fsd50k(root, "eval", {"7": ("Cat.m4a", "mews")}, metadata)
+    paths = {n: wav(root / f"FSD50K.dev_audio/{n}.wav") for n in "12345"}
+    paths["7"] = wav(root / "FSD50K.eval_audio/7.ogg")
+    counts = prepare_captions(save, data)
+    first = 'Dog_bark. My "dog", 5 < 6 and 3 < 4 <live>. Loud! See there'
+    assert pairs(save) == [
+        ("fsd50k", paths["1"], first),
+        ("fsd50k", paths["2"], "Rain"),
+        ("fsd50k", paths["3"], "only described"),
+        ("fsd50k", paths["7"], "Cat. mews"),
+    ]
+    assert counts["datasets"]["fsd50k"]["no_caption"] == 2
+    assert skipped(save) == {"6.wav": "missing"}
+
+
+def test_fsd50k_title_keeps_a_dot_that_is_no_ending(data, save):
+    fsd50k(data, "dev", {"6": ("v1.5 take", "two")})
+    path = wav(data / "FSD50K.dev_audio/6.wav")
+    prepare_captions(save, data)
+    assert pairs(save) == [("fsd50k", path, "v1.5 take. two")]
+
+
+def test_index_files_with_several_captions_and_odd_text(data, save):
+    odd = ["None", "NA", "$HOME costs 3 $", 'he says "hi", then', "naïve 雨"]
+    quoted = "\n".join(odd).replace('"', '""')
+    text(
+        data / "deep/birds_index.tsv",
+        f'audio/$a, "b".wav\t"{quoted}"\n'.replace(
+            'audio/$a, "b".wav', '"audio/$a, ""b"".wav"'
+        )
+        + "../up.wav\t  two   blanks \n"
+        + f'{data}/abs.wav\tmid "quoted" word\n'
+        + "audio/gone.wav\tgone\n",
+    )
+    path = wav(data / 'deep/audio/$a, "b".wav')
+    up, absolute = wav(data / "up.wav"), wav(data / "abs.wav")
+    counts = prepare_captions(save, data)
+    assert pairs(save) == sorted(
+        [("birds_index", path, caption) for caption in odd]
+        + [("birds_index", up, "two blanks")]
+        + [("birds_index", absolute, 'mid "quoted" word')]
+    )
+    assert skipped(save) == {str(data / "deep/audio/gone.wav"): "missing"}
+    assert counts["datasets"]["birds_index"]["clips"] == 3
+
+
+def test_several_data_sets_and_a_ready_csv(tmp_path, data, save):
+    text(data / "AudioCaps/train.csv", HEADER + "1,aaaaaaaaaaa,30,x\n")
+    clip = wav(data / "AudioCaps/train/aaaaaaaaaaa.wav")
+    text(data / "more_index.tsv", "b.wav\ty\n")
+    other = wav(data / "b.wav")
+    ready = text(
+        tmp_path / "lists/ready.csv",
+        "caption,similarity,wav_path,ID,start\n"
+        "x,0.9,../data/AudioCaps/train/aaaaaaaaaaa.wav,1,2.5\n"
+        "z,0.8,../data/b.wav,1,\n",
+    )
+    counts = prepare_captions(save, data, ready)
+    assert pairs(save) == sorted(
+        [
+            ("audiocaps", clip, "x"),
+            ("more_index", other, "y"),
+            ("csv", clip, "x"),
+            ("csv", other, "z"),
+        ]
+    )
+    both = pd.concat(
+        [read(save / "train_raw.csv"), read(save / "valid_raw.csv")]
+    )
+    columns = ["ID", "wav_path", "caption", "dataset", "duration", "start"]
+    assert list(both.columns) == columns
+    assert both["ID"].is_unique
+    assert set(both["duration"]) == {"0.1"}
+    assert dict(zip(both["ID"], both["start"])) == {
+        "audiocaps_0": "",
+        "more_index_0": "",
+        "csv_0": "2.5",
+        "csv_1": "",
+    }
+    assert list(counts["datasets"]) == ["audiocaps", "more_index", "csv"]
+    # The recordings of the CSV are those of the folder, whatever their paths.
+    assert counts["train"]["clips"] + counts["valid"]["clips"] == 2
+
+
+def test_no_start_column_without_one_in_the_csv(tmp_path, save):
+    prepare_captions(save, train_csv_path=ready_csv(tmp_path))
+    for name in ("train_raw.csv", "valid_raw.csv"):
+        assert list(read(save / name).columns) == [
+            "ID",
+            "wav_path",
+            "caption",
+            "dataset",
+            "duration",
+        ]
+
+
+def test_duplicates_are_dropped_and_windows_are_not(tmp_path, save):
+    wav(tmp_path / "a.wav")
+    ready = text(
+        tmp_path / "r.csv",
+        "wav_path,caption,start\n"
+        "a.wav,x,0\na.wav,x,0\na.wav, x ,0\na.wav,x,5.5\na.wav,y,0\n",
+    )
+    counts = prepare_captions(save, train_csv_path=ready)["datasets"]["csv"]
+    assert (counts["captions"], counts["duplicates"]) == (3, 2)
+    train = read(save / "train_raw.csv")
+    assert list(zip(train["caption"], train["start"])) == [
+        ("x", "0.0"),
+        ("x", "5.5"),
+        ("y", "0.0"),
+    ]
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_official_test_splits(data, save, caplog, used):
+    caplog.set_level(logging.INFO)
+    text(data / "ac/train.csv", HEADER + "1,aaaaaaaaaaa,30,ac train\n")
+    text(data / "ac/test.csv", HEADER + "2,bbbbbbbbbbb,30,ac test\n")
+    clotho(data / "cl", "development", ["c.wav"])
+    clotho(data / "cl", "evaluation", ["d.wav"])
+    fsd50k(data / "fsd", "dev", {"1": ("fsd dev", "")})
+    fsd50k(data / "fsd", "eval", {"2": ("fsd eval", "")})
+    for stem in ("aaaaaaaaaaa", "bbbbbbbbbbb", "c", "d", "1", "2"):
+        wav(data / f"audio/{stem}.wav")
+    counts = prepare_captions(save, data, official_test_splits=used)
+    stems = {Path(path).stem for _, path, _ in pairs(save)}
+    test_stems = {"bbbbbbbbbbb", "d", "2"} if used else set()
+    assert stems == {"aaaaaaaaaaa", "c", "1"} | test_stems
+    held = {n: c["held_out"] for n, c in counts["datasets"].items()}
+    expected = (0, 0, 0) if used else (1, 5, 1)
+    assert tuple(held[n] for n in ("audiocaps", "clotho", "fsd50k")) == expected
+    assert f"duplicate, {expected[1]} held out" in caplog.text
+
+
+def test_links_to_folders_are_followed_without_going_round(
+    tmp_path, data, save
+):
+    text(tmp_path / "disk/train.csv", HEADER + "1,aaaaaaaaaaa,30,x\n")
+    wav(tmp_path / "disk/audio/aaaaaaaaaaa.wav")
+    (data / "AudioCaps").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/audio/loop").symlink_to(data)
+    prepare_captions(save, data)
+    path = str(data / "AudioCaps/audio/aaaaaaaaaaa.wav")
+    assert pairs(save) == [("audiocaps", path, "x")]
+
+
+def test_the_tree_is_listed_once(data, save, monkeypatch):
+    text(data / "a/train.csv", HEADER + "1,aaaaaaaaaaa,30,x\n")
+    clotho(data / "b", "development", ["d.wav"])
+    wav(data / "a/audio/aaaaaaaaaaa.wav")
+    wav(data / "b/development/d.wav")
+    listed = []
+    scandir = os.scandir
+
+    def counting(path):
+        listed.append(str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", counting)
+    prepare_captions(save, data)
+    assert len(listed) == len(set(listed)) == 5
+
+
+# ---- Missing and unreadable audio -----------------------------------------
+
+
+def test_unreadable_files_are_listed_and_counted(tmp_path, save, caplog):
+    ready = ready_csv(tmp_path, clips=10)
+    text(tmp_path / "audio/03.wav", "no audio")
+    wav(tmp_path / "audio/04.wav", 0)
+    (tmp_path / "audio/05.wav").unlink()
+    counts = prepare_captions(save, train_csv_path=ready, max_bad_audio=0.3)
+    found = skipped(save)
+    bad, empty, gone = (str(tmp_path / f"audio/0{i}.wav") for i in (3, 4, 5))
+    assert set(found) == {bad, empty, gone}
+    assert found[bad].startswith("cannot be opened")
+    assert found[empty] == "holds no samples"
+    assert found[gone] == "missing"
+    count = counts["datasets"]["csv"]
+    assert (count["clips"], count["missing"], count["unreadable"]) == (7, 1, 2)
+    assert not {path for _, path, _ in pairs(save)} & set(found)
+    assert "1 audio files are missing and 2 unreadable" in caplog.text
+
+
+def test_too_many_unreadable_files_stop_it(tmp_path, save):
+    ready = ready_csv(tmp_path, clips=10)
+    text(tmp_path / "audio/03.wav", "no audio")
+    # 1 of the 9 that are present: missing ones do not water it down.
+    (tmp_path / "audio/05.wav").unlink()
+    with pytest.raises(ValueError, match=r"1 of 9 .*03\.wav.*skipped_audio"):
+        prepare_captions(save, train_csv_path=ready, max_bad_audio=0.105)
+    assert len(skipped(save)) == 2
+    assert not (save / "prepare.json").exists()
+    prepare_captions(save, train_csv_path=ready, max_bad_audio=0.112)
+
+
+def test_all_unreadable_is_an_error_whatever_is_allowed(tmp_path, save):
+    ready = ready_csv(tmp_path, clips=2)
+    for name in ("00", "01"):
+        text(tmp_path / f"audio/{name}.wav", "no audio")
+    with pytest.raises(ValueError, match="2 of 2 audio files cannot be read"):
+        prepare_captions(save, train_csv_path=ready, max_bad_audio=1)
+
+
+def test_all_missing_names_what_was_looked_for(data, save, monkeypatch):
+    text(data / "train.csv", HEADER + "1,aaaaaaaaaaa,30,x\n2,b,0,y\n")
+    # A bare name must not be found in the current folder.
+    monkeypatch.chdir(data)
+    text(data / "b_0", "")
+    with pytest.raises(ValueError, match="aaaaaaaaaaa_30, b_0;"):
+        prepare_captions(save, data)
+    assert skipped(save) == {"aaaaaaaaaaa_30": "missing", "b_0": "missing"}
+
+
+def test_nothing_left_is_an_error(data, save):
+    text(data / "test.csv", HEADER + "1,aaaaaaaaaaa,30,x\n")
+    wav(data / "aaaaaaaaaaa.wav")
+    with pytest.raises(ValueError, match="No captions are left"):
+        prepare_captions(save, data, official_test_splits=False)
+
+
+# ---- Wrong input ----------------------------------------------------------
+
+
+def test_neither_source(save):
+    with pytest.raises(ValueError, match="--data_annot_folder, --train_csv"):
+        prepare_captions(save)
+
+
+def test_absent_folder(tmp_path, save):
+    with pytest.raises(FileNotFoundError, match=r"annot_folder=.*nowhere"):
+        prepare_captions(save, tmp_path / "nowhere")
+
+
+def test_nothing_recognised_lists_what_was_looked_for(data, save):
+    text(data / "esc50.csv", "filename,fold,target\n1.wav,1,0\n")
+    text(data / "dev.csv", "name,text\n1,x\n")
+    wav(data / "1.wav")
+    with pytest.raises(ValueError) as error:
+        prepare_captions(save, data)
+    for part in (
+        str(data),
+        "audiocap_id,youtube_id,start_time,caption",
+        "clotho_captions_",
+        "MACS.yaml",
+        "FSD50K.ground_truth",
+        "*_index.tsv",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wrong"),
+    [
+        ("train.csv", "audiocap_id,youtube_id,start\n1,a,2\n", "start_time, c"),
+        ("train.csv", HEADER + "1,a,2,x, y\n", "line 2: 5 cells"),
+        ("train.csv", HEADER + '1,a,2,"x\n', "line 2: unexpected end"),
+        ("train.csv", HEADER, "lists no clips"),
+        ("train.csv", HEADER.encode() + b"1,a,2,caf\xe9\n", "is not UTF-8"),
+        (
+            "clotho_captions_validation.csv",
+            "file_name,caption_1\n",
+            "caption_5",
+        ),
+        ("clotho_captions_validation.csv", "", "lacks the column"),
+        ("MACS.yaml", "files: [", "is not YAML"),
+        ("MACS.yaml", "files:\n- filename: a.wav\n", "KeyError..annotations"),
+        ("MACS.yaml", "just text", "is not a list `files`"),
+        ("a_index.tsv", "a.wav\n", "line 1: not path"),
+        ("a_index.tsv", "a.wav\tb\n\tc\n", "line 2: not path"),
+        ("FSD50K.ground_truth/dev.csv", "name\n1\n", "column.s. fname"),
+        ("dev_clips_info_FSD50K.json", "{", "is not JSON"),
+        ("dev_clips_info_FSD50K.json", "[]", "does not give a `title`"),
+        ("dev_clips_info_FSD50K.json", '{"1": {"title": "x"}}', "description"),
+    ],
+)
+def test_broken_annotations_name_the_file(data, save, name, content, wrong):
+    fsd50k(data, "dev", {"1": ("x", "y")}, metadata=".")
+    wav(data / "1.wav")
+    path = data / name
+    path.write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
+    with pytest.raises(ValueError, match=wrong) as error:
+        prepare_captions(save, data)
+    assert str(path) in str(error.value)
+
+
+def test_fsd50k_without_its_metadata(data, save):
+    text(data / "dev.csv", "fname,labels,mids,split\n1,A,/m/1,train\n")
+    wav(data / "1.wav")
+    with pytest.raises(FileNotFoundError, match="dev_clips_info_FSD50K"):
+        prepare_captions(save, data)
+
+
+def test_ready_csv_without_captions_names_its_flag(tmp_path, save):
+    ready = text(tmp_path / "r.csv", "wav_path,text\na.wav,x\n")
+    with pytest.raises(ValueError, match=r"--train_csv_path=.*caption"):
+        prepare_captions(save, train_csv_path=ready)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "allowed"),
+    [
+        ("valid_pct", 5, "above 0 and below 1"),
+        ("valid_pct", 1, "above 0 and below 1"),
+        ("valid_pct", -0.1, "above 0 and below 1"),
+        ("valid_pct", None, "above 0 and below 1"),
+        ("valid_pct", "0.1", "above 0 and below 1"),
+        ("subset_pct", 0, "above 0 and at most 1"),
+        ("subset_pct", 1.1, "above 0 and at most 1"),
+        ("subset_pct", float("nan"), "above 0 and at most 1"),
+        ("max_bad_audio", 5, "from 0 to 1"),
+        ("overfit_size", 0, "at least 1"),
+        ("overfit_size", 2.5, "at least 1"),
+    ],
+)
+def test_arguments_out_of_range(tmp_path, save, flag, value, allowed):
+    with pytest.raises(ValueError, match=f"--{flag}={value}: .*{allowed}"):
+        prepare_captions(
+            save, train_csv_path=tmp_path / "r.csv", **{flag: value}
+        )
+
+
+# ---- The split ------------------------------------------------------------
+
+
+def clips(path):
+    return set(read(path)["wav_path"])
+
+
+def test_split_by_recording(tmp_path, save):
+    ready = ready_csv(tmp_path, clips=20, captions=3)
+    counts = prepare_captions(save, train_csv_path=ready, valid_pct=0.2)
+    train, valid = clips(save / "train_raw.csv"), clips(save / "valid_raw.csv")
+    assert (len(train), len(valid), train & valid) == (16, 4, set())
+    assert len(pairs(save)) == 60
+    hours = {"train": round(1.6 / 3600, 4), "valid": round(0.4 / 3600, 4)}
+    for part, clip_count in (("train", 16), ("valid", 4)):
+        assert counts[part] == {
+            "clips": clip_count,
+            "captions": clip_count * 3,
+            "hours": hours[part],
+        }
+
+
+@pytest.mark.parametrize(
+    ("number", "valid_pct", "expected"),
+    [(2, 0.001, 1), (2, 0.99, 1), (1, 0.5, 0), (20, 0.5, 10)],
+)
+def test_size_of_the_validation_set(
+    tmp_path, save, number, valid_pct, expected
+):
+    ready = ready_csv(tmp_path, clips=number)
+    prepare_captions(save, train_csv_path=ready, valid_pct=valid_pct)
+    assert len(clips(save / "valid_raw.csv")) == expected
+    assert len(clips(save / "train_raw.csv")) == number - expected
+
+
+def test_the_seed_alone_decides_the_split(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    for folder in ("a", "b", "c"):
+        rows = []
+        for i in range(6):
+            wav(data / folder / f"{i}.wav")
+            rows.append(f"{i}.wav\t{folder} {i}")
+        text(data / folder / "x_index.tsv", "\n".join(rows))
+    walk = os.walk
+
+    def backwards(top, **options):
+        tree = list(walk(top, **options))
+        return ((f, d, files[::-1]) for f, d, files in reversed(tree))
+
+    tables = {}
+    for name, seed in (("first", 1), ("other", 2), ("again", 1)):
+        if name == "again":
+            monkeypatch.setattr(module.os, "walk", backwards)
+        prepare_captions(tmp_path / name, data, valid_pct=0.5, seed=seed)
+        tables[name] = [
+            (tmp_path / name / f"{part}_raw.csv").read_text()
+            for part in ("train", "valid")
+        ]
+    assert tables["first"] == tables["again"]
+    assert clips(tmp_path / "first/valid_raw.csv") != clips(
+        tmp_path / "other/valid_raw.csv"
+    )
+
+
+def test_the_order_of_the_rows_does_not_move_the_split(tmp_path, save):
+    ready = ready_csv(tmp_path)
+    header, *rows = ready.read_text().split("\n")
+    turned = text(tmp_path / "turned.csv", "\n".join([header] + rows[::-1]))
+    valid = []
+    for path in (ready, turned):
+        prepare_captions(save, train_csv_path=path, valid_pct=0.5)
+        valid.append(clips(save / "valid_raw.csv"))
+    assert valid[0] == valid[1]
+
+
+def test_subset_of_the_training_recordings(tmp_path, save):
+    ready = ready_csv(tmp_path, clips=20)
+    subsets, valid = [], []
+    for subset_pct in (0.001, 0.25, 0.5, 1):
+        prepare_captions(
+            save, train_csv_path=ready, valid_pct=0.2, subset_pct=subset_pct
+        )
+        subsets.append(clips(save / "train_raw.csv"))
+        valid.append(clips(save / "valid_raw.csv"))
+    assert [len(subset) for subset in subsets] == [1, 4, 8, 16]
+    assert subsets[0] < subsets[1] < subsets[2] < subsets[3]
+    assert len(valid[0]) == 4
+    assert valid.count(valid[0]) == 4
+
+
+def test_overfit_on_the_same_few_pairs(tmp_path, save):
+    ready = ready_csv(tmp_path, clips=20)
+    for size, expected in ((3, 3), (100, 38)):
+        counts = prepare_captions(
+            save, train_csv_path=ready, valid_pct=0.01, overfit_size=size
+        )
+        train = read(save / "train_raw.csv")
+        assert len(train) == expected == counts["valid"]["captions"]
+        assert train.equals(read(save / "valid_raw.csv"))
+    # Shuffled: not the rows in the order of the CSV.
+    assert list(train["ID"]) != [f"csv_{i}" for i in range(40)]
+
+
+# ---- Running again --------------------------------------------------------
+
+
+def test_same_arguments_use_the_files_again(tmp_path, save, caplog):
+    caplog.set_level(logging.INFO)
+    ready = ready_csv(tmp_path, clips=4)
+    counts = prepare_captions(save, train_csv_path=ready)
+    record = json.loads((save / "prepare.json").read_text())
+    assert record["counts"] == counts
+    assert record["arguments"] == {
+        "data_annot_folder": None,
+        "train_csv_path": str(ready),
+        "valid_pct": 0.05,
+        "subset_pct": 1.0,
+        "overfit_size": None,
+        "official_test_splits": True,
+        "max_bad_audio": 0.05,
+        "seed": 1234,
+        "curation_csv": None,
+        "data_curation_folder": None,
+    }
+    assert "same arguments" not in caplog.text
+    text(save / "train_raw.csv", "left alone")
+    assert prepare_captions(save, train_csv_path=ready) == counts
+    assert (save / "train_raw.csv").read_text() == "left alone"
+    assert "same arguments" in caplog.text
+
+
+def test_other_arguments_prepare_again(tmp_path, save, caplog):
+    ready = ready_csv(tmp_path, clips=4)
+    prepare_captions(save, train_csv_path=ready)
+    assert not caplog.records
+    counts = prepare_captions(save, train_csv_path=ready, valid_pct=0.5)
+    assert counts["valid"]["clips"] == 2
+    assert "valid_pct (0.05 -> 0.5)" in caplog.text
+    assert len(clips(save / "valid_raw.csv")) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["train_raw.csv", "valid_raw.csv", "skipped_audio.csv"]
+)
+def test_an_absent_output_is_made_again(tmp_path, save, name):
+    ready = ready_csv(tmp_path, clips=4)
+    prepare_captions(save, train_csv_path=ready)
+    (save / name).unlink()
+    prepare_captions(save, train_csv_path=ready)
+    assert (save / name).exists()
+
+
+def test_a_run_that_failed_is_not_taken_for_one_that_did_not(tmp_path, save):
+    ready = ready_csv(tmp_path, clips=4)
+    prepare_captions(save, train_csv_path=ready)
+    text(tmp_path / "audio/00.wav", "no audio")
+    with pytest.raises(ValueError, match="cannot be read"):
+        prepare_captions(save, train_csv_path=ready, seed=5)
+    # With the first arguments, the files are not simply used again.
+    with pytest.raises(ValueError, match="cannot be read"):
+        prepare_captions(save, train_csv_path=ready)
+
+
+def test_logs_a_line_per_data_set_and_one_for_the_split(data, save, caplog):
+    caplog.set_level(logging.INFO, logger="dataset.prepare_captions")
+    text(data / "train.csv", HEADER + "1,aaaaaaaaaaa,30,x\n2,b,0,y\n")
+    wav(data / "aaaaaaaaaaa.wav")
+    text(data / "k_index.tsv", "c.wav\ty\n")
+    wav(data / "c.wav", 36)
+    prepare_captions(save, data)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[1:3] == [
+        "audiocaps: 1 clips (0.00 h), 1 captions; 1 clips missing, 0 "
+        "unreadable; 0 captions empty, 0 duplicate, 0 held out",
+        "k_index: 1 clips (0.01 h), 1 captions; 0 clips missing, 0 "
+        "unreadable; 0 captions empty, 0 duplicate, 0 held out",
+    ]
+    assert caplog.records[3].levelname == "WARNING"
+    assert "1 audio files are missing" in lines[3]
+    assert lines[4].startswith("Split by recording: 1 captions of 1 clips")
+    assert len(lines) == 5
+
+
+# ---- Real captions, and many ----------------------------------------------
+
+
+@pytest.mark.skipif(
+    not (AUDIOCAPS / "val.csv").exists(),
+    reason=f"needs the AudioCaps captions in {AUDIOCAPS}",
+)
+def test_real_audiocaps_captions(data, save):
+    (data / "val.csv").symlink_to(AUDIOCAPS / "val.csv")
+    real = read(AUDIOCAPS / "val.csv")
+    names = (real["youtube_id"] + "_" + real["start_time"]).unique()
+    for name in names[:7]:
+        wav(data / f"audio/{name}.wav")
+    counts = prepare_captions(save, data)["datasets"]["audiocaps"]
+    assert counts["clips"] == 7
+    assert counts["missing"] == len(names) - 7 == len(skipped(save))
+    assert set(skipped(save)) == set(names[7:])
+    assert (
+        counts["duplicates"]
+        == real.duplicated(["youtube_id", "start_time", "caption"]).sum()
+    )
+    of_seven = (real["youtube_id"] + "_" + real["start_time"]).isin(names[:7])
+    expected = set(real["caption"][of_seven])
+    assert {caption for _, _, caption in pairs(save)} == expected
+
+
+def test_a_hundred_thousand_captions_in_seconds(data, save):
+    rows = [f"{i},{i:011},0,caption {i}" for i in range(100_000)]
+    text(data / "train.csv", HEADER + "\n".join(rows))
+    for folder in ("a", "b"):
+        wav(data / f"{folder}/{0:011}.wav")
+    started = time.perf_counter()
+    counts = prepare_captions(save, data)
+    assert time.perf_counter() - started < 10
+    assert counts["datasets"]["audiocaps"]["missing"] == 99_999
+
+
+def curation_csv(folder, names):
+    rows = [f"{i},{name},a sound,0.8,1.5" for i, name in enumerate(names)]
+    header = "ID,wav_path,caption,similarity,start"
+    return text(folder / "curated.csv", "\n".join([header, *rows]) + "\n")
+
+
+def test_curated_pairs_are_kept_whole(tmp_path, save):
+    ready = ready_csv(tmp_path, clips=4)
+    for i in range(20):
+        wav(tmp_path / "curated" / f"{i}.wav")
+    names = [f"{i}.wav" for i in range(20)] + ["0.wav", "gone.wav"]
+    path = curation_csv(tmp_path / "lists", names)
+    counts = prepare_captions(
+        save,
+        train_csv_path=ready,
+        curation_csv=path,
+        data_curation_folder=tmp_path / "curated",
+    )
+    curated = pd.read_csv(save / "curated_raw.csv")
+    assert curated["wav_path"].tolist() == [
+        str(tmp_path / "curated" / name) for name in names[:-1]
+    ]
+    assert set(curated["start"]) == {1.5}
+    assert counts["curated"]["captions"] == 21
+    assert counts["curated"]["clips"] == 20
+    skipped = pd.read_csv(save / "skipped_audio.csv")
+    assert skipped.values.tolist() == [
+        [str(tmp_path / "curated" / "gone.wav"), "missing"]
+    ]
+
+
+def test_curated_pairs_whose_audio_is_gone(tmp_path, save):
+    ready = ready_csv(tmp_path, clips=4)
+    path = curation_csv(tmp_path, ["a.wav", "b.wav"])
+    with pytest.raises(ValueError, match=r"2 of 2 .*--data_curation_folder"):
+        prepare_captions(save, train_csv_path=ready, curation_csv=path)
+    assert not (save / "prepare.json").exists()

@@ -1,0 +1,293 @@
+"""Training by the real command line, on tones with captions."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+import yaml
+from conftest import write_noise
+
+import microsoft_clap_train
+from dataset.manifest import write_csv
+from models.weights import find_checkpoint
+
+ROOT = pathlib.Path(__file__).parents[1]
+HPARAMS = str(ROOT / "hparams/insper/microsoft_clap_train.yaml")
+PITCHES = {"dog": 300, "rain": 900, "siren": 2700}
+
+
+def write_tone(path, pitch, seed, seconds=0.6):
+    rng = np.random.default_rng(seed)
+    t = np.arange(round(seconds * 16000)) / 16000
+    tone = 0.5 * np.sin(2 * np.pi * pitch * rng.uniform(0.95, 1.05) * t)
+    soundfile.write(path, tone + 0.05 * rng.standard_normal(len(t)), 16000)
+
+
+@pytest.fixture(scope="module")
+def tones(tmp_path_factory):
+    """24 clips of three kinds with two captions each, as CSV."""
+    folder = tmp_path_factory.mktemp("tones")
+    rows = []
+    for i in range(24):
+        name = list(PITCHES)[i % 3]
+        write_tone(folder / f"{i}.wav", PITCHES[name], seed=i)
+        rows += [(f"{i}.wav", f"{word} {name}") for word in ("a", "sound of")]
+    frame = pd.DataFrame(rows, columns=["wav_path", "caption"])
+    write_csv(frame, folder / "pairs.csv")
+    write_csv(frame.assign(start="0.1")[::-1], folder / "curated.csv")
+    return folder
+
+
+@pytest.fixture
+def flags(tones, text_model, tmp_path):
+    """Flags that train a tiny model in a second or two."""
+    return {
+        "train_csv_path": f"{tones}/pairs.csv",
+        "text_model": text_model,
+        "clap": "{text_pretrained: False, sample_rate: 16000, duration: 1,"
+        " fmax: 8000, width: 2, d_proj: 8}",
+        "output_folder": f"{tmp_path}/run",
+        "valid_pct": 0.25,
+        "batch_size": 4,
+        "number_of_epochs": 2,
+        "num_workers": 0,
+        "noprogressbar": True,
+    }
+
+
+def argv(flags, **changes):
+    """A command line; a flag that becomes None is deleted."""
+    flags = {k: v for k, v in (flags | changes).items() if v is not None}
+    return [HPARAMS, *(f"--{key}={value}" for key, value in flags.items())]
+
+
+def train(flags, **changes):
+    microsoft_clap_train.main(argv(flags, **changes))
+
+
+def history(folder):
+    return pd.read_csv(pathlib.Path(folder) / "train_history.csv")
+
+
+def final_state(folder):
+    path = find_checkpoint(pathlib.Path(folder) / "save", "latest")
+    return torch.load(path, weights_only=True)
+
+
+def test_killed_and_resumed_equals_uninterrupted(flags, tones, tmp_path):
+    """SIGKILL within an epoch; all that is random is in play."""
+    flags |= {
+        "curation_csv": f"{tones}/curated.csv",
+        "curation_prob": 0.5,
+        "number_of_epochs": 3,
+        "num_workers": 1,
+        "lr_schedule": "cosine",
+        "warmup_steps": 3,
+        "grad_accumulation_factor": 2,
+        "ckpt_interval_steps": 3,
+        "batch_size": 2,
+    }
+
+    def run(name):
+        command = argv(flags, output_folder=f"{tmp_path}/{name}")
+        return subprocess.Popen(
+            [sys.executable, "microsoft_clap_train.py", *command],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    assert run("whole").wait() == 0
+    process = run("killed")
+    save = tmp_path / "killed" / "save"
+    while not list(save.glob("CKPT+*/CKPT.yaml")):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "train_history.csv").exists()
+    [meta] = save.glob("CKPT+*/CKPT.yaml")
+    assert not yaml.safe_load(meta.read_text())["end-of-epoch"]
+
+    assert run("killed").wait() == 0
+    figures = [c for c in history(tmp_path / "whole") if "second" not in c]
+    pd.testing.assert_frame_equal(
+        history(tmp_path / "killed")[figures],
+        history(tmp_path / "whole")[figures],
+        check_exact=True,
+    )
+    whole, killed = final_state(tmp_path / "whole"), final_state(save.parent)
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[k], killed[k]) for k in whole)
+
+
+def test_a_time_stamped_run_is_resumed_by_the_printed_command(
+    flags, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    flags["output_folder"] = None
+    train(flags, number_of_epochs=1)
+    [run] = (tmp_path / "results" / "microsoft_clap_train").iterdir()
+    train(flags, resume_interrupt=True, prev_ckpt_dir=run / "save")
+    assert len(list(run.parent.iterdir())) == 1
+    assert history(run)["epoch"].tolist() == [1, 2]
+    assert len((run / "train_log.txt").read_text().splitlines()) == 2
+
+
+def test_it_learns(flags, tmp_path):
+    train(flags, number_of_epochs=12, base_lr=0.005, batch_size=8)
+    figures = history(tmp_path / "run")
+    assert figures["train_loss"].iloc[-1] < 0.7 * figures["train_loss"].iloc[0]
+    assert figures["train_data_points"].tolist() == [
+        (i + 1) * (36 // 8) * 8 for i in range(12)
+    ]
+    assert (tmp_path / "run" / "train_history.png").stat().st_size > 0
+
+
+def test_every_flag_may_be_empty(flags, tmp_path):
+    with open(HPARAMS) as file:
+        keys = [
+            line.split(":")[0]
+            for line in file
+            if line[0].isalpha() and "!" not in line
+        ]
+    assert {"ssl_checkpointer", "prev_ckpt_dir", "base_lr"} <= set(keys)
+    empty = {key: "" for key in keys if key not in flags}
+    train(flags, **empty, auto_mix_prec=True)
+    assert len(history(tmp_path / "run")) == 2
+
+
+def test_only_the_best_and_the_last_checkpoint_are_kept(flags, tmp_path):
+    train(flags, number_of_epochs=4)
+    metas = [
+        yaml.safe_load(path.read_text())
+        for path in (tmp_path / "run" / "save").glob("CKPT+*/CKPT.yaml")
+    ]
+    losses = history(tmp_path / "run")["valid_loss"]
+    kept = {losses.idxmin() + 1, 4}
+    assert {meta["epoch"] for meta in metas} == kept
+    best = find_checkpoint(tmp_path / "run").parent / "CKPT.yaml"
+    assert yaml.safe_load(best.read_text())["loss"] == losses.min()
+
+
+def write_esc_layout(folder):
+    """Tones of three classes in two folds, in ESC-50's layout."""
+    (folder / "meta").mkdir(parents=True)
+    (folder / "audio").mkdir()
+    rows = []
+    for i in range(12):
+        name = list(PITCHES)[i % 3]
+        write_tone(folder / "audio" / f"{i}.wav", PITCHES[name], seed=100 + i)
+        rows.append((f"{i}.wav", i % 2 + 1, i % 3, name, False))
+    columns = ["filename", "fold", "target", "category", "esc10"]
+    pd.DataFrame(rows, columns=columns).to_csv(
+        folder / "meta" / "esc50.csv", index=False
+    )
+    pd.DataFrame({"label": list(PITCHES)}).to_csv(
+        folder / "labels.csv", index=False
+    )
+
+
+def test_zero_shot_validation_chooses_the_checkpoint(flags, tmp_path):
+    write_esc_layout(tmp_path / "esc")
+    flags |= {
+        "use_zs_loader": True,
+        "data_zs_folder": tmp_path / "esc",
+        "zs_labels_path": tmp_path / "esc" / "labels.csv",
+        "zs_valid_folds": [2],
+    }
+    train(flags)
+    accuracies = history(tmp_path / "run")["valid_acc"]
+    # Six clips are in fold 2.
+    assert np.allclose(accuracies * 6, (accuracies * 6).round())
+    best = find_checkpoint(tmp_path / "run", "acc").parent / "CKPT.yaml"
+    assert yaml.safe_load(best.read_text())["acc"] == accuracies.max()
+    with pytest.raises(ValueError, match="has the folds 1, 2"):
+        train(flags, zs_valid_folds=[3])
+
+
+def test_student_starts_from_a_checkpoint(flags, tmp_path):
+    train(flags)
+    state = final_state(tmp_path / "run")
+    # With a rate of nothing only the batch norm's statistics move.
+    train(
+        flags,
+        output_folder=tmp_path / "student",
+        ssl_checkpoints_dir=tmp_path / "run" / "save",
+        ssl_checkpointer="latest",
+        base_lr=1e-12,
+        final_lr=0,
+    )
+    student = final_state(tmp_path / "student")
+    for name in state:
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(student[name], state[name])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("batch_size", 500, "smaller batch_size"),
+        ("clap_ckpt_path", "{}/weights.pth", "does not fit the model"),
+        ("ssl_checkpoints_dir", "{}", "holds no checkpoint"),
+        ("curation_prob", 2, "give --curation_csv"),
+        ("lr_schedule", "linear", "lr_schedule"),
+        ("short_audio", "mirror", "repeat"),
+        ("valid_pct", 5, "valid_pct"),
+    ],
+)
+def test_wrong_settings(flags, tmp_path, key, value, message):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pth")
+    with pytest.raises((ValueError, OSError), match=message):
+        train(flags, **{key: str(value).format(tmp_path)})
+
+
+def test_unreadable_audio_is_skipped_counted_and_limited(flags, tmp_path):
+    rows = []
+    for i in range(20):
+        path = tmp_path / f"{i}.flac"
+        write_noise(path, 3.0, 16000, seed=i)
+        if i < 3:  # its header stays good
+            path.write_bytes(path.read_bytes()[:4000])
+        rows.append((str(path), f"dog {i}", "2.0"))
+    frame = pd.DataFrame(rows, columns=["wav_path", "caption", "start"])
+    write_csv(frame, tmp_path / "pairs.csv")
+    flags["train_csv_path"] = tmp_path / "pairs.csv"
+    train(flags, max_bad_audio=0.2)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("Skipping ") == 3
+    assert "3 audio files were skipped" in log
+    with pytest.raises(RuntimeError, match=r"max_bad_audio=0\.1"):
+        train(flags, max_bad_audio=0.1, output_folder=tmp_path / "other")
+
+
+def test_torchrun_trains_as_one(flags, tmp_path):
+    """Two gloo processes: one folder, one log, twice the batch."""
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            "--nproc_per_node=2",
+            "--master_port=29517",
+            "microsoft_clap_train.py",
+            *argv(flags),
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    figures = history(tmp_path / "run")
+    assert figures["epoch"].tolist() == [1, 2]
+    assert (
+        len((tmp_path / "run" / "train_log.txt").read_text().split("\n")) == 3
+    )
+    # 36 pairs make 4 batches of 2 x 4.
+    assert figures["train_data_points"].tolist() == [32, 64]
+    assert not any("module." in name for name in final_state(tmp_path / "run"))
