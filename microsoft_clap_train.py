@@ -380,31 +380,18 @@ def make_zeroshot_set(brain):
     tuple
         Loader of `dataset.pipelines.WindowBatch`es, (clips,) indices of the
         true classes, and the names of the classes.
-
-    Raises
-    ------
-    ValueError
-        The data set has none of these folds.
     """
     hparams = brain.hparams
     data = hparams.prepare_zeroshot()
-    folds = [str(fold) for fold in hparams.zs_valid_folds]
-    clips = data.clips[data.clips["fold"].isin(folds)]
-    if clips.empty:
-        raise ValueError(
-            f"zs_valid_folds={folds}: {hparams.data_zs_folder} has the folds "
-            f"{', '.join(sorted(data.clips['fold'].unique()))}"
-        )
-    index = pd.Index(data.labels["label"])
+    data = data.of_folds(hparams.zs_valid_folds, "zs_valid_folds")
     loader = DataLoader(
-        WindowDataset(clips["wav_path"], hparams.reader),
+        WindowDataset(data.clips["wav_path"], hparams.reader),
         batch_size=hparams.batch_size,
         collate_fn=collate_windows,
         num_workers=hparams.num_workers,
         persistent_workers=hparams.num_workers > 0,
     )
-    texts = data.labels["text"].tolist()
-    return loader, index.get_indexer(clips["label"]), texts
+    return loader, data.true_classes(), data.labels["text"].tolist()
 
 
 def make_loggers(hparams):

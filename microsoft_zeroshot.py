@@ -246,9 +246,7 @@ def main(argv):
     brain.data = hparams["prepare_zeroshot"]()
     if hparams["folds"] is not None:
         brain.data = brain.data.of_folds(hparams["folds"], "folds")
-    brain.truth = pd.Index(brain.data.labels["label"]).get_indexer(
-        brain.data.clips["label"]
-    )
+    brain.truth = brain.data.true_classes()
     brain.weights = hparams["load_weights"]()
     loader = DataLoader(
         WindowDataset(brain.data.clips["wav_path"], hparams["reader"]),

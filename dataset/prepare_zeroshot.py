@@ -59,6 +59,41 @@ class ZeroShotSet:
     labels: pd.DataFrame
     missing: list
 
+    def of_folds(self, folds, flag):
+        """The same data set with the clips of some folds only.
+
+        Arguments
+        ---------
+        folds : list
+            Names or numbers of folds.
+        flag : str
+            The flag that named them, for the error.
+
+        Returns
+        -------
+        ZeroShotSet
+
+        Raises
+        ------
+        ValueError
+            The data set lacks one of them; the message names those it has.
+        """
+        known = sorted(self.clips["fold"].unique())
+        absent = [str(fold) for fold in folds if str(fold) not in known]
+        if absent or not folds:
+            raise ValueError(
+                f"--{flag}={folds}: the data set has the folds "
+                f"{', '.join(known)}"
+            )
+        clips = self.clips[self.clips["fold"].isin([str(f) for f in folds])]
+        return ZeroShotSet(
+            clips.reset_index(drop=True), self.labels, self.missing
+        )
+
+    def true_classes(self):
+        """Index of each clip's class in `labels`, (clips,) int."""
+        return pd.Index(self.labels["label"]).get_indexer(self.clips["label"])
+
 
 def prepare_zeroshot(
     dataset, data_folder, labels_path=None, esc10=False, tut_part="both"

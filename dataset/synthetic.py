@@ -399,7 +399,7 @@ SOUNDS = (
         phrases=(
             "a {} engine running",
             "{} puttering of a motor",
-            "a motor idling with a {} sound",
+            "a motor idling with a {} rattle",
         ),
     ),
     Sound(
@@ -700,11 +700,9 @@ def _reverberate(rng, signal, rate, seconds):
     tail = rng.standard_normal(round(seconds * rate))
     tail *= _decay(seconds, rate, seconds / np.log(1000))
     tail /= np.sqrt(np.sum(tail**2))
-    size = len(signal) + len(tail)
-    wet = np.fft.irfft(
-        np.fft.rfft(signal, size) * np.fft.rfft(tail, size), size
-    )
-    return signal + 0.7 * wet[: len(signal)]
+    size = _fft_size(len(signal) + len(tail))
+    spectrum = np.fft.rfft(signal, size) * np.fft.rfft(tail, size)
+    return signal + 0.7 * np.fft.irfft(spectrum, size)[: len(signal)]
 
 
 # ---- Captions --------------------------------------------------------------
@@ -858,9 +856,16 @@ def make_synthetic(
 
     Raises
     ------
+    ValueError
+        A number of clips is too small.
     FileExistsError
         The folder holds something else, or was made with other settings.
     """
+    if min(clips_per_class, target_per_class) < 1 or unlabelled < 0:
+        raise ValueError(
+            "Give at least 1 as --clips_per_class and --target_per_class, and "
+            "0 or more as --unlabelled"
+        )
     settings = {
         "version": GENERATOR_VERSION,
         "seed": seed,
@@ -991,8 +996,8 @@ def _write_unlabelled(folder, seed, count):
         stem = os.path.join(folder, "unlabelled", f"{i:05d}")
         path = _write_clip(rng, sound, draw_scene(rng, FIELD), i, stem)
         paths.append(os.path.relpath(path, folder))
-    path = os.path.join(folder, "unlabelled.txt")
-    with open(path, "w", encoding="utf-8") as file:
+    list_path = os.path.join(folder, "unlabelled.txt")
+    with open(list_path, "w", encoding="utf-8") as file:
         file.writelines(f"{path}\n" for path in paths)
 
 
