@@ -63,16 +63,17 @@ def start(argv):
     hparams_file, run_opts, overrides = parse_arguments(argv)
     run_opts = fit_to_device(run_opts)
     ddp_init_group(RunOptions.from_dictionary(run_opts))
-    resume_folder = name_output_folder(hparams_file, overrides)
+    same_command = name_output_folder(hparams_file, overrides)
     with open(hparams_file, encoding="utf-8") as file:
         hparams = load_hyperpyyaml(file, overrides)
     sb.create_experiment_directory(
         hparams["output_folder"], hparams_file, overrides
     )
-    logger.info(
-        "To go on with this run after a stop:\n  %s",
-        resume_command(argv, hparams["output_folder"], resume_folder),
-    )
+    if "prev_ckpt_dir" in hparams:
+        logger.info(
+            "To go on with this run after a stop:\n  %s",
+            resume_command(argv, hparams["output_folder"], same_command),
+        )
     return hparams, run_opts
 
 

@@ -544,7 +544,8 @@ class Domain:
     pitch : tuple of float
         Position in the range of each class, between 0 and 1.
     level : tuple of float
-        Loudest tenth of a second in dB below full scale.
+        Loudest tenth of a second in dB relative to full scale; lower where
+        a peak would be clipped.
     snr : tuple of float
         Loudest tenth of a second of the sound over that of the background, in
         dB.
@@ -659,7 +660,7 @@ def render(rng, sound, scene, rate, channels):
         rng,
         scene.seconds,
         rate,
-        _between(sound.pitch, scene.pitch),
+        sound.pitch[0],
         _between(sound.speed, scene.speed),
     )
     signal = _reverberate(rng, signal, rate, scene.reverb)

@@ -3,6 +3,7 @@
 import os
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 import torch
@@ -23,6 +24,34 @@ def write_noise(path, seconds, rate, channels=1, seed=0, **kwargs):
     shape = (round(seconds * rate), channels)
     soundfile.write(path, 0.3 * rng.uniform(-1, 1, shape), rate, **kwargs)
     return str(path)
+
+
+PITCHES = {"dog": 300, "rain": 900, "siren": 2700}
+
+
+def write_tone(path, pitch, seed, seconds=0.6):
+    rng = np.random.default_rng(seed)
+    t = np.arange(round(seconds * 16000)) / 16000
+    tone = 0.5 * np.sin(2 * np.pi * pitch * rng.uniform(0.95, 1.05) * t)
+    soundfile.write(path, tone + 0.05 * rng.standard_normal(len(t)), 16000)
+
+
+def write_esc_layout(folder):
+    """Tones of three classes in two folds, in ESC-50's layout."""
+    (folder / "meta").mkdir(parents=True)
+    (folder / "audio").mkdir()
+    rows = []
+    for i in range(12):
+        name = list(PITCHES)[i % 3]
+        write_tone(folder / "audio" / f"{i}.wav", PITCHES[name], seed=100 + i)
+        rows.append((f"{i}.wav", i % 2 + 1, i % 3, name, False))
+    columns = ["filename", "fold", "target", "category", "esc10"]
+    pd.DataFrame(rows, columns=columns).to_csv(
+        folder / "meta" / "esc50.csv", index=False
+    )
+    pd.DataFrame({"label": list(PITCHES)}).to_csv(
+        folder / "labels.csv", index=False
+    )
 
 
 @pytest.fixture(scope="session")

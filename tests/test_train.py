@@ -9,10 +9,9 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-import soundfile
 import torch
 import yaml
-from conftest import write_noise
+from conftest import PITCHES, write_esc_layout, write_noise, write_tone
 
 import microsoft_clap_train
 from dataset.manifest import write_csv
@@ -20,14 +19,6 @@ from models.weights import find_checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 HPARAMS = str(ROOT / "hparams/insper/microsoft_clap_train.yaml")
-PITCHES = {"dog": 300, "rain": 900, "siren": 2700}
-
-
-def write_tone(path, pitch, seed, seconds=0.6):
-    rng = np.random.default_rng(seed)
-    t = np.arange(round(seconds * 16000)) / 16000
-    tone = 0.5 * np.sin(2 * np.pi * pitch * rng.uniform(0.95, 1.05) * t)
-    soundfile.write(path, tone + 0.05 * rng.standard_normal(len(t)), 16000)
 
 
 @pytest.fixture(scope="module")
@@ -175,24 +166,6 @@ def test_only_the_best_and_the_last_checkpoint_are_kept(flags, tmp_path):
     assert {meta["epoch"] for meta in metas} == kept
     best = find_checkpoint(tmp_path / "run").parent / "CKPT.yaml"
     assert yaml.safe_load(best.read_text())["loss"] == losses.min()
-
-
-def write_esc_layout(folder):
-    """Tones of three classes in two folds, in ESC-50's layout."""
-    (folder / "meta").mkdir(parents=True)
-    (folder / "audio").mkdir()
-    rows = []
-    for i in range(12):
-        name = list(PITCHES)[i % 3]
-        write_tone(folder / "audio" / f"{i}.wav", PITCHES[name], seed=100 + i)
-        rows.append((f"{i}.wav", i % 2 + 1, i % 3, name, False))
-    columns = ["filename", "fold", "target", "category", "esc10"]
-    pd.DataFrame(rows, columns=columns).to_csv(
-        folder / "meta" / "esc50.csv", index=False
-    )
-    pd.DataFrame({"label": list(PITCHES)}).to_csv(
-        folder / "labels.csv", index=False
-    )
 
 
 def test_zero_shot_validation_chooses_the_checkpoint(flags, tmp_path):

@@ -1,0 +1,209 @@
+"""Zero-shot evaluation by the real command line, against plain loops."""
+
+import json
+import pathlib
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+from conftest import PITCHES, write_esc_layout, write_tone
+
+import microsoft_zeroshot
+from dataset.text import CaptionTokenizer
+from models.clap import CLAP
+from models.weights import AtomicCheckpointer, export_microsoft
+from models.zeroshot import bootstrap_interval, class_embeddings, prompted
+
+ROOT = pathlib.Path(__file__).parents[1]
+NETWORK = {"sample_rate": 16000, "duration": 1, "fmax": 8000, "width": 2,
+           "d_proj": 8}  # fmt: skip
+PROMPT = "this is a sound of "
+
+
+@pytest.fixture(scope="module")
+def clap(text_model):
+    torch.manual_seed(0)
+    model = CLAP(text_model=text_model, text_pretrained=False, **NETWORK)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, clap):
+    """Twelve tones; one is 2.6 s long, one missing, one no audio at all."""
+    folder = tmp_path_factory.mktemp("esc")
+    write_esc_layout(folder)
+    write_tone(folder / "audio" / "3.wav", 300, seed=5, seconds=2.6)
+    (folder / "audio" / "4.wav").unlink()
+    (folder / "audio" / "5.wav").write_text("no audio")
+    AtomicCheckpointer(folder / "save", {"clap": clap}).save_checkpoint()
+    export_microsoft(clap, str(folder / "clap.pth"))
+    return folder
+
+
+@pytest.fixture
+def evaluate(folder, text_model, tmp_path):
+    """Runs the script; returns results.json and predictions.csv."""
+
+    def run(name="run", **changes):
+        flags = {
+            "data_folder": folder,
+            "labels_path": folder / "labels.csv",
+            "ssl_checkpoints_dir": folder / "save",
+            "text_model": text_model,
+            "clap": json.dumps(NETWORK).replace('"', ""),
+            "output_folder": tmp_path / name,
+            "num_workers": 0,
+            "noprogressbar": True,
+        } | changes
+        argv = [f"--{k}={v}" for k, v in flags.items() if v is not None]
+        yaml = str(ROOT / "hparams/esc/microsoft_zeroshot.yaml")
+        microsoft_zeroshot.main([yaml, *argv])
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        return results, pd.read_csv(tmp_path / name / "predictions.csv")
+
+    return run
+
+
+def naive_scores(clap, tokenize, folder):
+    """Clip by clip, window by window, as the docstrings promise."""
+    scores = {}
+    with torch.no_grad():
+        texts = [f"this is a sound of {name}" for name in PITCHES]
+        classes = torch.cat([clap.encode_text(tokenize([t])) for t in texts])
+        for path in sorted((folder / "audio").glob("*.wav")):
+            try:
+                samples, _ = soundfile.read(path, dtype="float32")
+            except soundfile.LibsndfileError:
+                continue
+            wav = torch.from_numpy(samples)
+            if len(wav) < 16000:
+                windows = [torch.cat([wav, wav])[:16000]]
+            else:
+                starts = [0, 16000, len(wav) - 16000]
+                windows = [wav[s : s + 16000] for s in starts]
+            embeddings = [clap.encode_audio(w[None])[0] for w in windows]
+            clip = F.normalize(sum(embeddings), dim=0)
+            scores[str(path)] = (classes @ clip).numpy()
+    return scores
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_scores_equal_plain_loops(
+    evaluate, clap, text_model, folder, batch_size
+):
+    results, table = evaluate(batch_size=batch_size)
+    expected = naive_scores(clap, CaptionTokenizer(text_model), folder)
+    assert set(table["wav_path"]) == set(expected)
+    names = list(PITCHES)
+    for _, row in table.iterrows():
+        scores = expected[row["wav_path"]]
+        order = np.argsort(-scores)
+        assert row["prediction"] == row["top1"] == names[order[0]]
+        assert [row[f"top{i}"] for i in (1, 2, 3)] == [names[i] for i in order]
+        found = [row[f"score{i}"] for i in (1, 2, 3)]
+        np.testing.assert_allclose(found, scores[order], atol=1e-5)
+    correct = table["prediction"] == table["label"]
+    assert results["accuracy"] == pytest.approx(correct.mean())
+    assert results["chance"] == pytest.approx(1 / 3)
+    for fold, accuracy in results["folds"].items():
+        in_fold = table["fold"].astype(str) == fold
+        assert accuracy == pytest.approx(correct[in_fold].mean())
+    assert results["fold_mean"] == pytest.approx(
+        np.mean(list(results["folds"].values()))
+    )
+    for name, figures in results["classes"].items():
+        of_class = table["label"] == name
+        assert figures["clips"] == of_class.sum()
+        assert figures["accuracy"] == pytest.approx(correct[of_class].mean())
+
+
+def test_what_was_not_scored_is_counted_and_named(evaluate, folder):
+    results, table = evaluate()
+    assert results["counts"] == {"clips": 10, "missing": 1, "unreadable": 1}
+    assert results["missing"] == [str(folder / "audio" / "4.wav")]
+    assert list(results["unreadable"]) == [str(folder / "audio" / "5.wav")]
+    assert len(table) == 10
+
+
+def test_weights_and_prompts_are_on_record(evaluate, folder):
+    results, table = evaluate()
+    [weights] = results["weights"]
+    assert weights["source"] == "ssl_checkpoints_dir"
+    assert len(weights["sha256"]) == 64
+    assert results["labels"]["dog"] == ["this is a sound of dog"]
+    other, same = evaluate(
+        "other", ssl_checkpoints_dir=None, clap_ckpt_path=folder / "clap.pth"
+    )
+    assert other["weights"][0]["source"] == "clap_ckpt_path"
+    pd.testing.assert_frame_equal(table, same)
+
+
+def test_prompts_are_averaged(clap, text_model):
+    tokenize = CaptionTokenizer(text_model)
+    templates = [PROMPT, "the {} barks"]
+    found = class_embeddings(clap, tokenize, ["dog", "rain"], templates, "cpu")
+    with torch.no_grad():
+        for i, name in enumerate(("dog", "rain")):
+            texts = [f"this is a sound of {name}", f"the {name} barks"]
+            mean = sum(clap.encode_text(tokenize([t]))[0] for t in texts)
+            torch.testing.assert_close(found[i], F.normalize(mean, dim=0))
+    assert prompted("a ", "b") == prompted("a", "b") == prompted("a {}", "b")
+
+
+def test_prompt_flags(evaluate):
+    single, _ = evaluate("a", text_prompt="click")
+    assert single["labels"]["dog"] == ["click dog"]
+    several, _ = evaluate("b", text_prompt="[click, '{} wails']")
+    assert several["labels"]["dog"] == ["click dog", "dog wails"]
+    default, _ = evaluate("c", text_prompt="")
+    assert default["prompts"] == [PROMPT]
+
+
+def test_folds(evaluate):
+    results, table = evaluate(folds=[2])
+    assert set(table["fold"]) == {2}
+    assert list(results["folds"]) == ["2"]
+    with pytest.raises(ValueError, match=r"folds=\[7\].*1, 2"):
+        evaluate(folds=[7])
+
+
+def test_confusion_matrix_counts():
+    truth, guesses = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0])
+    figure = microsoft_zeroshot.confusion_figure(truth, guesses, "abc", 0.5)
+    [axes] = figure.axes
+    cells = {
+        (text.get_position()[1], text.get_position()[0]): text.get_text()
+        for text in axes.texts
+    }
+    assert cells == {(0, 0): "1", (0, 1): "1", (1, 1): "1", (2, 0): "1"}
+    shares = axes.images[0].get_array()
+    assert shares[0].tolist() == [0.5, 0.5, 0]
+
+
+def test_bootstrap_interval():
+    """Against the normal approximation, and at the ends."""
+    correct = np.arange(400) < 300
+    low, high = bootstrap_interval(correct)
+    half = 1.96 * np.sqrt(0.75 * 0.25 / 400)
+    assert low == pytest.approx(0.75 - half, abs=0.005)
+    assert high == pytest.approx(0.75 + half, abs=0.005)
+    assert bootstrap_interval(np.ones(9)) == (1.0, 1.0)
+    assert bootstrap_interval(correct) == (low, high)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ssl_checkpoints_dir": ""}, "Name the weights"),
+        ({"data_folder": ""}, "data_folder"),
+        ({"ssl_checkpoints_dir": "nowhere"}, "ssl_checkpoints_dir=nowhere"),
+        ({"esc10": True}, "esc10"),
+        ({"clap": "{width: 4}"}, "does not fit the model"),
+    ],
+)
+def test_wrong_input(evaluate, changes, message):
+    with pytest.raises((ValueError, OSError, SystemExit), match=message):
+        evaluate(**changes)
