@@ -16,6 +16,8 @@ import sys
 
 import pandas as pd
 
+from dataset.manifest import write_json
+
 FOLDER = "results/demo"
 DATA = f"{FOLDER}/data"
 COMMANDS = [
@@ -49,8 +51,7 @@ def main():
             [sys.executable, *words[1:]], check=True, env=environment
         )
     rows = [summarize("teacher")]
-    with open(f"{FOLDER}/summary.json", "w") as file:
-        json.dump(rows, file, indent=2)
+    write_json(rows, f"{FOLDER}/summary.json")
     print(f"\n{'model':10}{'accuracy':>10}{'95 % interval':>18}", end="")
     print(f"{'chance':>8}{'pairs':>8}")
     for row in rows:

@@ -10,7 +10,6 @@ model's window is scored on all of its windows. The output folder receives
 results.json, predictions.csv and confusion_matrix.png.
 """
 
-import json
 import logging
 import os
 import sys
@@ -25,7 +24,7 @@ from speechbrain.utils.distributed import if_main_process
 from torch.utils.data import DataLoader
 
 import experiment
-from dataset.manifest import write_csv
+from dataset.manifest import write_csv, write_json
 from dataset.pipelines import WindowDataset, collate_windows
 from models.zeroshot import (
     bootstrap_interval,
@@ -102,10 +101,7 @@ class ZeroShotBrain(sb.Brain):
         )
         path = os.path.join(folder, "confusion_matrix.png")
         figure.savefig(path, dpi=120)
-        path = os.path.join(folder, "results.json")
-        with open(f"{path}.partial", "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=2, ensure_ascii=False)
-        os.replace(f"{path}.partial", path)
+        write_json(results, os.path.join(folder, "results.json"))
         logger.info(
             "Zero-shot accuracy %.4f (95 %% interval %.4f to %.4f, chance "
             "%.4f) on %d clips; %d missing, %d unreadable. See %s",

@@ -6,7 +6,7 @@ text, and never through SpeechBrain's CSV reader, which takes every `$word` in
 a cell for a variable to substitute.
 """
 
-import logging
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,13 +15,19 @@ from tqdm import tqdm
 
 from dataset.audio import AudioError, probe_seconds
 
-logger = logging.getLogger(__name__)
-
 
 def write_csv(frame, path):
     """Write a table whole or not at all: beside its place, then renamed."""
     partial = f"{path}.partial"
     frame.to_csv(partial, index=False)
+    os.replace(partial, path)
+
+
+def write_json(content, path):
+    """Write a JSON file whole or not at all, as `write_csv`."""
+    partial = f"{path}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
     os.replace(partial, path)
 
 

@@ -1,6 +1,5 @@
 """From manifests to batches of waveforms and tokens."""
 
-import logging
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,8 +8,6 @@ import torch
 from torch.utils.data import Dataset
 
 from dataset.audio import AudioError
-
-logger = logging.getLogger(__name__)
 
 # Unreadable clips in a row before a row of the data set is given up.
 _MAX_REPLACEMENTS = 20

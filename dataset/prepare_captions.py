@@ -30,7 +30,12 @@ import pandas as pd
 import yaml
 
 from dataset.audio import AUDIO_SUFFIXES
-from dataset.manifest import probe_audio, read_pairs, write_csv
+from dataset.manifest import (
+    probe_audio,
+    read_pairs,
+    write_csv,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +204,7 @@ def prepare_captions(
         write_csv(curated, os.path.join(save_folder, "curated_raw.csv"))
         counts["curated"] = _totals(curated)
     _log_counts(counts, skipped_csv)
-    _write_json({"arguments": arguments, "counts": counts}, record)
+    write_json({"arguments": arguments, "counts": counts}, record)
     return counts
 
 
@@ -819,11 +824,3 @@ def _log_counts(counts, skipped_csv):
             for key in ("captions", "clips", "hours")
         ),
     )
-
-
-def _write_json(content, path):
-    """Write a JSON file whole or not at all."""
-    partial = f"{path}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-    os.replace(partial, path)

@@ -148,7 +148,7 @@ def prepare_zeroshot(
     labels_path = labels_path or BUILT_IN_LABELS[dataset]
     labels = read_labels(labels_path)
     listed = readers[dataset](os.path.abspath(data_folder))
-    _check_listed(listed, labels, labels_path)
+    _check_listed(listed, labels, labels_path, esc10)
     if esc10:
         in_use = labels["label"].isin(listed["label"])
         labels = labels[in_use].reset_index(drop=True)
@@ -344,10 +344,12 @@ def _listed(meta_path, first_row, paths, labels, folds):
 # ---- Checks ----------------------------------------------------------------
 
 
-def _check_listed(listed, labels, labels_path):
+def _check_listed(listed, labels, labels_path, esc10):
     """Raise if nothing is listed, a clip twice, or a class is unknown."""
     if listed.empty:
-        raise ValueError("The metadata lists no clips")
+        raise ValueError(
+            "The metadata lists no clips" + (" of ESC-10" if esc10 else "")
+        )
     again = listed[listed["ID"].duplicated()]
     if len(again):
         raise ValueError(

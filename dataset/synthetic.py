@@ -660,7 +660,7 @@ def render(rng, sound, scene, rate, channels):
         rng,
         scene.seconds,
         rate,
-        sound.pitch[0],
+        _between(sound.pitch, scene.pitch),
         _between(sound.speed, scene.speed),
     )
     signal = _reverberate(rng, signal, rate, scene.reverb)

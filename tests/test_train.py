@@ -25,11 +25,13 @@ HPARAMS = str(ROOT / "hparams/insper/microsoft_clap_train.yaml")
 def tones(tmp_path_factory):
     """24 clips of three kinds with two captions each, as CSV."""
     folder = tmp_path_factory.mktemp("tones")
+    # Whatever a name or a caption may hold.
+    odd = "$HOME, 'é\" {x}\n"
     rows = []
     for i in range(24):
-        name = list(PITCHES)[i % 3]
-        write_tone(folder / f"{i}.wav", PITCHES[name], seed=i)
-        rows += [(f"{i}.wav", f"{word} {name}") for word in ("a", "sound of")]
+        name, path = list(PITCHES)[i % 3], f"{odd}{i}.wav"
+        write_tone(folder / path, PITCHES[name], seed=i)
+        rows += [(path, f"{word} {name}{odd}") for word in ("a", "sound of")]
     frame = pd.DataFrame(rows, columns=["wav_path", "caption"])
     write_csv(frame, folder / "pairs.csv")
     write_csv(frame.assign(start="0.1")[::-1], folder / "curated.csv")
@@ -153,6 +155,17 @@ def test_every_flag_may_be_empty(flags, tmp_path):
     empty = {key: "" for key in keys if key not in flags}
     train(flags, **empty, auto_mix_prec=True)
     assert len(history(tmp_path / "run")) == 2
+
+
+def test_mixed_precision_and_tensorboard(flags, tmp_path):
+    train(flags, precision="bf16", eval_precision="bf16")
+    assert np.isfinite(history(tmp_path / "run")["valid_loss"]).all()
+    exact = tmp_path / "exact"
+    train(flags, output_folder=exact, use_tensorboard=True)
+    assert list((exact / "tensorboard").glob("events*"))
+    low, high = history(tmp_path / "run"), history(exact)
+    assert (low["train_loss"] != high["train_loss"]).all()
+    np.testing.assert_allclose(low["train_loss"], high["train_loss"], rtol=0.02)
 
 
 def test_only_the_best_and_the_last_checkpoint_are_kept(flags, tmp_path):

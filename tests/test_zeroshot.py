@@ -47,7 +47,7 @@ def folder(tmp_path_factory, clap):
 def evaluate(folder, text_model, tmp_path):
     """Runs the script; returns results.json and predictions.csv."""
 
-    def run(name="run", **changes):
+    def run(name="run", hparams="esc", **changes):
         flags = {
             "data_folder": folder,
             "labels_path": folder / "labels.csv",
@@ -59,8 +59,8 @@ def evaluate(folder, text_model, tmp_path):
             "noprogressbar": True,
         } | changes
         argv = [f"--{k}={v}" for k, v in flags.items() if v is not None]
-        yaml = str(ROOT / "hparams/esc/microsoft_zeroshot.yaml")
-        microsoft_zeroshot.main([yaml, *argv])
+        yaml = ROOT / f"hparams/{hparams}/microsoft_zeroshot.yaml"
+        microsoft_zeroshot.main([str(yaml), *argv])
         results = json.loads((tmp_path / name / "results.json").read_text())
         return results, pd.read_csv(tmp_path / name / "predictions.csv")
 
@@ -170,6 +170,48 @@ def test_folds(evaluate):
         evaluate(folds=[7])
 
 
+def test_other_data_sets(evaluate, tmp_path):
+    us8k = tmp_path / "us8k"
+    (us8k / "metadata").mkdir(parents=True)
+    (us8k / "audio" / "fold3").mkdir(parents=True)
+    write_tone(us8k / "audio" / "fold3" / "a.wav", 300, seed=0)
+    (us8k / "metadata" / "UrbanSound8K.csv").write_text(
+        "slice_file_name,fsID,start,end,salience,fold,classID,class\n"
+        "a.wav,1,0,0.6,1,3,0,air_conditioner\n"
+    )
+    results, table = evaluate(
+        "a", hparams="us8k", data_folder=us8k, labels_path=None
+    )
+    assert results["chance"] == 0.1
+    assert list(results["folds"]) == ["3"]
+    assert table["label"].tolist() == ["air_conditioner"]
+
+    tut = tmp_path / "TUT-acoustic-scenes-2017-evaluation"
+    (tut / "audio").mkdir(parents=True)
+    write_tone(tut / "audio" / "1.wav", 300, seed=0, seconds=2.0)
+    (tut / "meta.txt").write_text("audio/1.wav\tcafe/restaurant\n")
+    results, _ = evaluate("b", hparams="tut", data_folder=tut, labels_path=None)
+    assert results["chance"] == pytest.approx(1 / 15)
+    assert list(results["folds"]) == ["evaluation"]
+    assert results["labels"]["city_center"] == [
+        "this is a sound of city center"
+    ]
+
+
+def test_every_flag_may_be_empty(evaluate):
+    expected, _ = evaluate("a")
+    with open(ROOT / "hparams/shared/microsoft_zeroshot.yaml") as file:
+        keys = {
+            x.split(":")[0] for x in file if x[0].isalpha() and "!" not in x
+        }
+    given = {"data_folder", "labels_path", "text_model", "num_workers"}
+    assert keys > {*given, "ssl_checkpointer"}
+    given.add("ssl_checkpoints_dir")
+    empty = dict.fromkeys(keys.difference(given), "")
+    results, _ = evaluate("b", **empty)
+    assert results == expected
+
+
 def test_confusion_matrix_counts():
     truth, guesses = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0])
     figure = microsoft_zeroshot.confusion_figure(truth, guesses, "abc", 0.5)
@@ -200,7 +242,7 @@ def test_bootstrap_interval():
         ({"ssl_checkpoints_dir": ""}, "Name the weights"),
         ({"data_folder": ""}, "data_folder"),
         ({"ssl_checkpoints_dir": "nowhere"}, "ssl_checkpoints_dir=nowhere"),
-        ({"esc10": True}, "esc10"),
+        ({"esc10": True}, "no clips of ESC-10"),
         ({"clap": "{width: 4}"}, "does not fit the model"),
     ],
 )
