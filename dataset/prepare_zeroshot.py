@@ -78,7 +78,7 @@ class ZeroShotSet:
         ValueError
             The data set lacks one of them; the message names those it has.
         """
-        known = sorted(self.clips["fold"].unique())
+        known = sorted(self.clips["fold"].unique(), key=lambda f: (len(f), f))
         absent = [str(fold) for fold in folds if str(fold) not in known]
         if absent or not folds:
             raise ValueError(
@@ -410,13 +410,8 @@ def caption_folds(data, folds, text_prompt):
     ValueError
         A fold has no clips.
     """
-    present = sorted(data.clips["fold"].unique(), key=lambda f: (len(f), f))
-    for fold in folds:
-        if fold not in present:
-            raise ValueError(
-                f"There is no fold '{fold}'; there are {', '.join(present)}"
-            )
-    pairs = data.clips[data.clips["fold"].isin(folds)].copy()
+    data = data.of_folds(folds, "folds")
+    pairs = data.clips
     texts = dict(zip(data.labels["label"], data.labels["text"]))
     pairs["caption"] = [
         f"{text_prompt.rstrip()} {texts[label]}" for label in pairs["label"]

@@ -398,6 +398,6 @@ def test_command_options(esc, tmp_path):
 
 def test_command_refuses_a_fold_that_is_not_there(us8k, tmp_path):
     output = tmp_path / "train.csv"
-    with pytest.raises(ValueError, match=r"folds=.*4.*has the folds 10, 5$"):
+    with pytest.raises(ValueError, match=r"folds=.*4.*has the folds 5, 10$"):
         main(["us8k", str(us8k), "--folds", "4", "--output", str(output)])
     assert not output.exists()
