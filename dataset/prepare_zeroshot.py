@@ -437,6 +437,7 @@ def main(argv):
         args.dataset, args.data_folder, args.labels_path, args.esc10
     )
     pairs = caption_folds(data, args.folds, args.text_prompt)
+    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     write_csv(pairs, args.output)
     print(f"{len(pairs)} pairs in {args.output}")
 

@@ -368,7 +368,7 @@ def read(path):
 
 
 def test_command(esc, tmp_path, capsys):
-    output = tmp_path / "train.csv"
+    output = tmp_path / "new" / "train.csv"
     main(["esc", str(esc), "--folds", "1", "2", "--output", str(output)])
     assert read(output).to_dict("list") == {
         "ID": ["1-7-A-0", "2-8-A-12"],
