@@ -110,7 +110,8 @@ class CLAPBrain(sb.Brain):
         seed = np.random.SeedSequence(seeds).generate_state(1)[0]
         torch.manual_seed(int(seed))
         if self.hparams.lr_schedule == "cosine":
-            update_learning_rate(self.optimizer, self.cosine_lr())
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.cosine_lr()
 
     def cosine_lr(self):
         """Learning rate of the current step: linear warm-up, then cosine."""

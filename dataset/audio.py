@@ -176,8 +176,9 @@ class AudioReader:
 
         Returns
         -------
-        torch.Tensor
-            (num_samples,) float32.
+        tuple
+            The window, (num_samples,) float32, and where it starts in the
+            file, in seconds.
 
         Raises
         ------
@@ -190,7 +191,18 @@ class AudioReader:
                 begin = min(int(fraction * (spare + 1)), spare)
             else:
                 begin = min(max(round(start * self.sample_rate), 0), spare)
-            return self._window(file, begin)
+            return self._window(file, begin), begin / self.sample_rate
+
+    def starts(self, path):
+        """Where the consecutive windows that cover a file start, in seconds.
+
+        Raises
+        ------
+        AudioError
+            As `open_audio`.
+        """
+        with open_audio(path) as file:
+            return [begin / self.sample_rate for begin in self._begins(file)]
 
     def windows(self, path):
         """Consecutive windows that cover a whole file.
@@ -214,14 +226,18 @@ class AudioReader:
             The file cannot be read.
         """
         with open_audio(path) as file:
-            spare = max(self._length(file) - self.num_samples, 0)
-            count = -(-spare // self.num_samples) + 1
-            begins = (min(i * self.num_samples, spare) for i in range(count))
+            begins = self._begins(file)
             return torch.stack([self._window(file, b) for b in begins])
 
     def _length(self, file):
         """Length of an open file in samples at the reader's rate."""
         return math.ceil(file.frames * self.sample_rate / file.samplerate)
+
+    def _begins(self, file):
+        """First samples of the windows that cover an open file."""
+        spare = max(self._length(file) - self.num_samples, 0)
+        count = -(-spare // self.num_samples) + 1
+        return [min(i * self.num_samples, spare) for i in range(count)]
 
     def _window(self, file, begin):
         """The window of an open file from sample `begin` on, made full."""

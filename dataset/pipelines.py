@@ -112,7 +112,7 @@ class PairDataset(Dataset):
         for _ in range(_MAX_REPLACEMENTS):
             path, start = self.wav_paths[row], self.starts[row]
             try:
-                wav = self.reader.crop(
+                wav, _ = self.reader.crop(
                     path, rng.random(), None if np.isnan(start) else start
                 )
             except AudioError as error:
@@ -214,3 +214,51 @@ def collate_windows(examples):
         counts=[len(w) for _, w in good],
         unreadable={row: why for row, _, why in examples if why is not None},
     )
+
+
+class CropDataset(Dataset):
+    """One window of each item, for embeddings.
+
+    Arguments
+    ---------
+    wav_paths : list of str
+        Audio file of each item.
+    starts : list of float
+        Where its window starts, in seconds; None takes the centre window.
+    reader : dataset.audio.AudioReader
+        Reads the windows.
+    """
+
+    def __init__(self, wav_paths, starts, reader):
+        self.wav_paths = wav_paths
+        self.starts = starts
+        self.reader = reader
+
+    def __len__(self):
+        """Number of items."""
+        return len(self.wav_paths)
+
+    def __getitem__(self, item):
+        """(item, window, start), the last two None if it cannot be read."""
+        try:
+            crop = self.reader.crop(
+                self.wav_paths[item], start=self.starts[item]
+            )
+        except AudioError:
+            return item, None, None
+        return item, *crop
+
+
+def collate_crops(examples):
+    """List of items of `CropDataset` -> what can be embedded, what not.
+
+    Returns
+    -------
+    tuple
+        Items, their windows (items, samples) and starts; items left out.
+    """
+    good = [example for example in examples if example[1] is not None]
+    items = [item for item, _, _ in good]
+    windows = torch.stack([w for _, w, _ in good]) if good else None
+    bad = [item for item, window, _ in examples if window is None]
+    return items, windows, [start for _, _, start in good], bad

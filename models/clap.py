@@ -132,6 +132,7 @@ class CLAP(nn.Module):
             )
         self.sample_rate = sample_rate
         self.duration = duration
+        self.d_proj = d_proj
         cnn14 = CNN14(
             sample_rate, window_size, hop_size, mel_bins, fmin, fmax, width
         )

@@ -67,11 +67,11 @@ def test_crop_reaches_both_ends_and_takes_a_start(tmp_path):
     path = write_noise(tmp_path / "a.wav", 3.0, 16000)
     samples = whole(path, 16000)
     reader = AudioReader(16000, 1.0)
-    assert torch.equal(reader.crop(path, 0.0), samples[:16000])
-    assert torch.equal(reader.crop(path, 1.0), samples[-16000:])
-    assert torch.equal(reader.crop(path, 0.5), samples[16000:32000])
-    assert torch.equal(reader.crop(path, start=0.5), samples[8000:24000])
-    assert torch.equal(reader.crop(path, start=99), samples[-16000:])
+    assert torch.equal(reader.crop(path, 0.0)[0], samples[:16000])
+    assert torch.equal(reader.crop(path, 1.0)[0], samples[-16000:])
+    assert torch.equal(reader.crop(path, 0.5)[0], samples[16000:32000])
+    assert torch.equal(reader.crop(path, start=0.5)[0], samples[8000:24000])
+    assert torch.equal(reader.crop(path, start=99)[0], samples[-16000:])
 
 
 def test_windows_cover_the_clip(tmp_path):
@@ -84,12 +84,24 @@ def test_windows_cover_the_clip(tmp_path):
     assert AudioReader(16000, 1.0).windows(exact).shape == (2, 16000)
 
 
+def test_a_window_is_found_again_at_its_start(tmp_path):
+    path = write_noise(tmp_path / "a.wav", 3.3, 44100)
+    reader = AudioReader(16000, 1.0)
+    window, start = reader.crop(path, 0.37)
+    assert 0 < start < 2.3
+    assert torch.equal(reader.crop(path, start=start)[0], window)
+    starts = reader.starts(path)
+    again = [reader.crop(path, start=s)[0] for s in starts]
+    assert torch.equal(torch.stack(again), reader.windows(path))
+    assert starts == [0, 1, 2, 2.3]
+
+
 def test_short_clips_are_repeated_or_padded(tmp_path):
     path = write_noise(tmp_path / "a.wav", 0.3, 16000)
     samples = whole(path, 16000)
-    repeated = AudioReader(16000, 1.0, "repeat").crop(path)
+    repeated, _ = AudioReader(16000, 1.0, "repeat").crop(path)
     assert torch.equal(repeated, samples.repeat(4)[:16000])
-    padded = AudioReader(16000, 1.0, "zero").crop(path)
+    padded, _ = AudioReader(16000, 1.0, "zero").crop(path)
     assert torch.equal(padded[:4800], samples)
     assert padded[4800:].abs().max() == 0
     with pytest.raises(ValueError, match="repeat"):
@@ -130,12 +142,12 @@ def test_truncated_flac(tmp_path):
     write_noise(path, 4.0, 16000)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     reader = AudioReader(16000, 1.0)
-    assert reader.crop(str(path), 0.0).shape == (16000,)
+    assert reader.crop(str(path), 0.0)[0].shape == (16000,)
     with pytest.raises(AudioError):
         reader.crop(str(path), 1.0)
 
 
 def test_silence_is_a_sound(tmp_path, tiny_clap):
     soundfile.write(tmp_path / "a.wav", np.zeros(16000), 16000)
-    wav = AudioReader(16000, 1.0).crop(str(tmp_path / "a.wav"))
+    wav, _ = AudioReader(16000, 1.0).crop(str(tmp_path / "a.wav"))
     assert torch.isfinite(tiny_clap.encode_audio(wav[None])).all()

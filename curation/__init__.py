@@ -1,0 +1,1 @@
+"""Curation of audio-caption pairs by the similarity of their embeddings."""

@@ -1,0 +1,487 @@
+"""Embedding stores: an .npy array, its manifest row for row, and a record.
+
+A store of the stem `audio_audioset` in a folder is
+
+    audio_audioset_embeddings.npy    (rows, d) float16, unit-norm
+    audio_audioset.csv               one line for each row
+    audio_audioset.json              what it was made with
+
+Stores of other programs, without the record, can be read too.
+"""
+
+import hashlib
+import json
+import logging
+import os
+
+import numpy as np
+import pandas as pd
+import torch
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+# What becomes of an item: not embedded yet, embedded, or left out.
+TODO, DONE, SKIPPED = 0, 1, 2
+_COPY_ROWS = 65536
+
+
+class Embeddings:
+    """A store to read from; rows stay on disk until asked for.
+
+    Arguments
+    ---------
+    vectors : numpy.ndarray
+        (rows, d) float16 or float32, as a rule memory-mapped.
+    manifest : pandas.DataFrame
+        (rows,), what each row is the embedding of.
+    info : dict or None
+        The record; None for a store of another program, whose rows are
+        normalised where they are not unit-norm.
+    path : str
+        The .npy file, for messages.
+    """
+
+    def __init__(self, vectors, manifest, info, path):
+        self.vectors = vectors
+        self.manifest = manifest
+        self.info = info
+        self.path = path
+
+    def __len__(self):
+        """Number of rows."""
+        return len(self.vectors)
+
+    def block(self, begin, end):
+        """Rows begin..end as they are stored, (end - begin, d) float32."""
+        block = np.asarray(self.vectors[begin:end], dtype=np.float32)
+        if self.info is None:
+            norms = np.linalg.norm(block, axis=1, keepdims=True)
+            foreign = np.abs(norms - 1) > 1e-3
+            block = np.where(foreign, block / np.maximum(norms, 1e-12), block)
+        return block
+
+
+def open_embeddings(emb_dir, stem, manifest_path=None):
+    """Open a store and check that its parts belong together.
+
+    Arguments
+    ---------
+    emb_dir : str
+        Folder of the store.
+    stem : str
+        Its name: "audio_audioset", "text_insper", "esc_insper_t2t".
+    manifest_path : str
+        The manifest, if it is not `<stem>.csv`, `<stem>_ds.csv` or
+        `<stem>_files.txt` in that folder.
+
+    Returns
+    -------
+    Embeddings
+
+    Raises
+    ------
+    FileNotFoundError
+        The array or its manifest is absent.
+    ValueError
+        The parts disagree: another number of rows, or a manifest that was
+        edited after embedding.
+    """
+    path = os.path.join(emb_dir, f"{stem}_embeddings.npy")
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"{path} does not exist: give the save folder of a finished "
+            "embedding run as --emb_dir"
+        )
+    vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    if vectors.ndim != 2 or vectors.dtype not in (np.float16, np.float32):
+        raise ValueError(
+            f"{path} holds {vectors.dtype} of shape {vectors.shape}; "
+            "embeddings are (rows, d) float16 or float32"
+        )
+    if manifest_path is None:
+        names = (f"{stem}.csv", f"{stem}_ds.csv", f"{stem}_files.txt")
+        paths = [os.path.join(emb_dir, name) for name in names]
+        manifest_path = next(filter(os.path.exists, paths), None)
+    if manifest_path is None:
+        raise FileNotFoundError(f"{path} has no manifest {' or '.join(names)}")
+    manifest = _read_manifest(manifest_path)
+    if len(manifest) != len(vectors):
+        raise ValueError(
+            f"{manifest_path} has {len(manifest)} rows and {path} "
+            f"{len(vectors)}: they are not of one run"
+        )
+    info, record = None, os.path.join(emb_dir, f"{stem}.json")
+    if os.path.exists(record):
+        with open(record, encoding="utf-8") as file:
+            info = json.load(file)
+        if info["manifest"] != manifest_hash(manifest):
+            raise ValueError(
+                f"{manifest_path} was changed after its embeddings were made: "
+                "restore it, or embed again"
+            )
+    else:
+        logger.warning("%s has no record: of unknown weights", path)
+    return Embeddings(vectors, manifest, info, path)
+
+
+def _read_manifest(path):
+    """A manifest with every cell as text, `start` as seconds."""
+    if path.endswith(".txt"):
+        paths = read_list(path)
+        return pd.DataFrame({"wav_path": paths, "start": np.nan})
+    manifest = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if "start" in manifest:
+        manifest["start"] = pd.to_numeric(manifest["start"])
+    return manifest
+
+
+def read_list(path):
+    """Lines of a text file that are not blank."""
+    with open(path, encoding="utf-8") as file:
+        return [line.rstrip("\n") for line in file if line.strip()]
+
+
+def check_same_weights(audio, text):
+    """Raise if two stores were made with different weights.
+
+    Arguments
+    ---------
+    audio, text : Embeddings
+
+    Raises
+    ------
+    ValueError
+        They were, or their embeddings differ in size.
+    """
+    if audio.vectors.shape[1] != text.vectors.shape[1]:
+        raise ValueError(
+            f"{audio.path} has {audio.vectors.shape[1]} values a row and "
+            f"{text.path} {text.vectors.shape[1]}: not of one model"
+        )
+    if audio.info is None or text.info is None:
+        return
+    weights = (
+        audio.info["settings"]["weights"],
+        text.info["settings"]["weights"],
+    )
+    if weights[0] != weights[1]:
+        raise ValueError(
+            f"{audio.path} and {text.path} were made with different weights "
+            f"({weights[0][:12]} and {weights[1][:12]}): embed one of them "
+            "again"
+        )
+
+
+def state_hash(state):
+    """Hash of a model's parameters, whatever file they came from.
+
+    Arguments
+    ---------
+    state : dict
+        Name -> tensor.
+
+    Returns
+    -------
+    str
+        SHA-256, hexadecimal.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        values = state[name].detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def text_hash(texts):
+    """Hash of a list of texts and their order, hexadecimal."""
+    digest = hashlib.sha256()
+    for text in texts:
+        encoded = text.encode("utf-8", "surrogateescape")
+        digest.update(b"%d:" % len(encoded) + encoded)
+    return digest.hexdigest()
+
+
+def manifest_hash(manifest):
+    """Hash of what the rows are embeddings of: captions, or path and start."""
+    if "caption" in manifest:
+        return text_hash(manifest["caption"])
+    starts = manifest["start"].map(repr)
+    return text_hash(manifest["wav_path"] + "\n" + starts)
+
+
+class EmbeddingWriter:
+    """A store in the making, which a killed run leaves fit to go on with.
+
+    The vectors of all items are written in place, into a memory-mapped array
+    whose rows are the items; a byte for each tells whether that is done.
+    Several processes may write, each its own items.
+
+    Arguments
+    ---------
+    folder, stem : str
+        Where the store goes and its name.
+    num_items : int
+        Number of rows before anything is left out.
+    size : int
+        Values a vector.
+    settings : dict
+        All that the vectors depend on; plain values.
+
+    Raises
+    ------
+    ValueError
+        The folder holds this store, or part of it, of other settings; the
+        message names those that differ.
+    """
+
+    def __init__(self, folder, stem, num_items, size, settings):
+        self.base = os.path.join(folder, stem)
+        self.settings = {**settings, "size": size}
+        self.finished = self._check(f"{self.base}.json")
+        record = f"{self.base}.partial.json"
+        if self.finished or num_items == 0:
+            return
+        paths = [f"{self.base}.partial.{k}.npy" for k in ("rows", "fate", "at")]
+        if not self._check(record) and if_main_process():
+            os.makedirs(folder, exist_ok=True)
+            kinds = (
+                (np.float16, (num_items, size)),
+                (np.uint8, (num_items,)),
+                (np.float64, (num_items,)),
+            )
+            for path, (dtype, shape) in zip(paths, kinds):
+                np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
+            _write_json({"settings": self.settings}, record)
+        ddp_barrier()
+        self.rows, self.fate, self.at = (np.load(p, "r+") for p in paths)
+
+    def _check(self, path):
+        """Whether a record is there; it must be of the same settings."""
+        if not os.path.exists(path):
+            return False
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)["settings"]
+        different = [
+            f"{key} ({found.get(key)} there, {self.settings.get(key)} now)"
+            for key in sorted(found.keys() | self.settings.keys())
+            if found.get(key) != self.settings.get(key)
+        ]
+        if different:
+            raise ValueError(
+                f"{path} is of other embeddings: {', '.join(different)}. Use "
+                "another output folder, or delete this one"
+            )
+        return True
+
+    def work(self, batch_size, unit):
+        """What this process has to do, and a progress bar for it.
+
+        Which items share a batch depends neither on what is done already nor
+        on the number of processes, since the rounding can depend on it.
+
+        Arguments
+        ---------
+        batch_size : int
+            Items a batch.
+        unit : str
+            What an item is, for the bar.
+
+        Returns
+        -------
+        tuple
+            Lists of items that are still to do, and a tqdm bar over the items
+            of this process.
+        """
+        count = len(self.fate)
+        batches = [
+            list(range(i, min(i + batch_size, count)))
+            for i in range(0, count, batch_size)
+        ]
+        if torch.distributed.is_initialized():
+            rank = torch.distributed.get_rank()
+            batches = batches[rank :: torch.distributed.get_world_size()]
+        pending = [b for b in batches if (self.fate[b] == TODO).any()]
+        total, left = (sum(map(len, b)) for b in (batches, pending))
+        bar = tqdm(
+            total=total,
+            initial=total - left,
+            unit=unit,
+            disable=not if_main_process(),
+            dynamic_ncols=True,
+        )
+        return pending, bar
+
+    def write(self, items, vectors, starts=0.0):
+        """Keep the vectors of some items.
+
+        Arguments
+        ---------
+        items : list of int
+            Rows.
+        vectors : torch.Tensor
+            (items, size), unit-norm.
+        starts : list of float
+            Where the windows begin, in seconds.
+        """
+        self.rows[items] = vectors.cpu().numpy().astype(np.float16)
+        self.at[items] = starts
+        self.fate[items] = DONE
+
+    def skip(self, items):
+        """Leave some items out."""
+        self.fate[items] = SKIPPED
+
+    def finish(self, index, manifest, info):
+        """Put the complete store into place, and remove what it grew from.
+
+        Arguments
+        ---------
+        index : array of int
+            The item of each row of the store, in order.
+        manifest : pandas.DataFrame
+            One row for each.
+        info : dict
+            What else to put on record.
+        """
+        parts = (
+            self.rows[index[i : i + _COPY_ROWS]]
+            for i in range(0, len(index), _COPY_ROWS)
+        )
+        write_store(self.base, parts, manifest, self.settings, info)
+        for kind in ("rows.npy", "fate.npy", "at.npy", "json"):
+            os.remove(f"{self.base}.partial.{kind}")
+
+
+def write_store(base, parts, manifest, settings, info, manifest_path=None):
+    """Write a store, or put it in place of an earlier one.
+
+    The record, without which a store is not complete, comes last.
+
+    Arguments
+    ---------
+    base : str
+        Folder and stem.
+    parts : iterable of array
+        The vectors, (some rows, d) float16 each, in order.
+    manifest : pandas.DataFrame
+        One row for each.
+    settings : dict
+        As `EmbeddingWriter`; with `size`, the number of values a row.
+    info : dict
+        What else to put on record.
+    manifest_path : str
+        Where the manifest goes, if not to `<base>.csv`.
+    """
+    path = f"{base}_embeddings.npy"
+    manifest_path = manifest_path or f"{base}.csv"
+    if os.path.exists(f"{base}.json"):
+        os.remove(f"{base}.json")
+    header = {
+        "descr": "<f2",
+        "fortran_order": False,
+        "shape": (len(manifest), settings["size"]),
+    }
+    with open(f"{path}.partial", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(np.ascontiguousarray(part, dtype="<f2").tobytes())
+    manifest.to_csv(f"{manifest_path}.partial", index=False)
+    os.replace(f"{path}.partial", path)
+    os.replace(f"{manifest_path}.partial", manifest_path)
+    record = {
+        "settings": settings,
+        "manifest": manifest_hash(_read_manifest(manifest_path)),
+        "rows": len(manifest),
+        "dtype": "float16",
+    }
+    _write_json(record | info, f"{base}.json")
+
+
+def dump_captions(folder, stem, table, encode, batch_size, size, settings):
+    """Make a store of captions.
+
+    Each distinct caption is embedded once, those of like length together.
+
+    Arguments
+    ---------
+    folder, stem : str
+        Where the store goes and its name.
+    table : pandas.DataFrame
+        Its manifest, with a column `caption`.
+    encode : callable
+        List of captions -> (captions, size) unit-norm.
+    batch_size : int
+        Captions a batch.
+    size : int
+        Values a vector.
+    settings : dict
+        As `EmbeddingWriter`; the list of captions is added to it.
+    """
+    distinct = sorted(table["caption"].unique(), key=lambda c: (len(c), c))
+    settings = {**settings, "list": text_hash(table["caption"])}
+    writer = EmbeddingWriter(folder, stem, len(distinct), size, settings)
+    if writer.finished:
+        logger.info("%s is complete already", writer.base)
+        return
+    pending, bar = writer.work(batch_size, "caption")
+    with bar:
+        for rows in pending:
+            writer.write(rows, encode([distinct[i] for i in rows]))
+            bar.update(len(rows))
+    ddp_barrier()
+    if if_main_process():
+        place = pd.Series(range(len(distinct)), index=distinct)
+        index = place[table["caption"]].to_numpy()
+        writer.finish(index, table, {"distinct": len(distinct)})
+        logger.info(
+            "%s: %d captions, %d of them distinct",
+            writer.base,
+            len(table),
+            len(distinct),
+        )
+    ddp_barrier()
+
+
+def read_captions(path, flag):
+    """The captions of a CSV, with `ID` and `wav_path` where it has them.
+
+    Arguments
+    ---------
+    path : str
+        CSV with a column `caption`.
+    flag : str
+        The flag that named it, for errors.
+
+    Returns
+    -------
+    pandas.DataFrame
+        All cells as text.
+
+    Raises
+    ------
+    ValueError
+        It cannot be read, has no rows or no captions.
+    """
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--{flag}={path} cannot be read: {error}") from error
+    if "caption" not in table:
+        raise ValueError(
+            f"--{flag}={path} lacks the column caption; its header is "
+            f"{', '.join(table.columns)}"
+        )
+    if table.empty:
+        raise ValueError(f"--{flag}={path} has no rows")
+    columns = [c for c in ("ID", "wav_path", "caption") if c in table]
+    return table[columns]
+
+
+def _write_json(content, path):
+    """Write a JSON file whole or not at all."""
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+    os.replace(f"{path}.partial", path)

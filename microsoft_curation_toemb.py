@@ -1,0 +1,264 @@
+"""Embed unpaired audio and captions, for curation.
+
+    python microsoft_curation_toemb.py \
+        hparams/curation/microsoft_audioset_insper_toemb.yaml \
+        --output_folder=results/embeddings --audio_pathfile=audioset.txt \
+        --text_pathfile=captions.csv --ssl_checkpoints_dir=results/.../save
+
+The list of audio holds one path a line, relative ones starting from its
+folder; the CSV has a column `caption`. Either may be left out. The embeddings
+go into <output_folder>/save, unit-norm float16, each with its manifest row for
+row and a record of what it was made with (see curation/embeddings.py). A
+stopped run goes on by the same command and ends in the same bytes; with
+`torchrun --nproc_per_node=N` the processes share the work.
+"""
+
+import logging
+import os
+import sys
+
+import numpy as np
+import pandas as pd
+import speechbrain as sb
+import torch
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import experiment
+from curation.embeddings import (
+    DONE,
+    SKIPPED,
+    EmbeddingWriter,
+    dump_captions,
+    read_captions,
+    read_list,
+    state_hash,
+    text_hash,
+)
+from dataset.audio import AudioError
+from dataset.manifest import write_csv
+from dataset.pipelines import CropDataset, collate_crops
+
+logger = logging.getLogger(__name__)
+
+AUDIO, TEXT = "audio_audioset", "text_insper"
+
+
+class EmbeddingBrain(sb.Brain):
+    """Encodes windows and captions; nothing is trained."""
+
+    @torch.inference_mode()
+    def embed_audio(self, windows):
+        """(items, samples) -> (items, d_proj) unit-norm."""
+        with self.evaluation_ctx:
+            windows = windows.to(self.device, non_blocking=True)
+            return self.modules.clap.encode_audio(windows)
+
+    @torch.inference_mode()
+    def embed_text(self, captions):
+        """List of captions -> (captions, d_proj) unit-norm."""
+        tokens = self.hparams.tokenizer(captions)
+        with self.evaluation_ctx:
+            tokens = {k: v.to(self.device) for k, v in tokens.items()}
+            return self.modules.clap.encode_text(tokens)
+
+    def settings(self, **more):
+        """What embeddings depend on, for the record."""
+        return {
+            "weights": self.weights_hash,
+            "precision": self.eval_precision,
+            **more,
+        }
+
+    def dump_audio(self, paths):
+        """Embed audio files into the store `audio_audioset`.
+
+        Arguments
+        ---------
+        paths : list of str
+            Audio files, each once.
+        """
+        hparams = self.hparams
+        items, starts = list_windows(
+            paths, hparams.windows_per_clip, hparams.reader
+        )
+        writer = EmbeddingWriter(
+            hparams.save_folder,
+            AUDIO,
+            len(items),
+            hparams.clap.d_proj,
+            self.settings(
+                list=text_hash(paths),
+                windows_per_clip=hparams.windows_per_clip,
+                sample_rate=hparams.reader.sample_rate,
+                duration=hparams.clap.duration,
+                short=hparams.reader.short,
+            ),
+        )
+        if writer.finished:
+            logger.info("%s is complete already", AUDIO)
+            return
+        pending, bar = writer.work(hparams.audio_bs, "clip")
+        loader = DataLoader(
+            CropDataset([paths[i] for i in items], starts, hparams.reader),
+            batch_sampler=pending,
+            collate_fn=collate_crops,
+            num_workers=hparams.num_workers,
+            pin_memory=self.device_type == "cuda",
+        )
+        with bar:
+            for rows, windows, at, bad in loader:
+                if rows:
+                    writer.write(rows, self.embed_audio(windows), at)
+                writer.skip(bad)
+                bar.update(len(rows) + len(bad))
+        ddp_barrier()
+        if if_main_process():
+            finish_audio(writer, [paths[i] for i in items], hparams.reader)
+        ddp_barrier()
+
+    def dump_text(self, table):
+        """Embed captions into the store `text_insper`.
+
+        Arguments
+        ---------
+        table : pandas.DataFrame
+            `caption`, and `ID` and `wav_path` where known.
+        """
+        hparams = self.hparams
+        dump_captions(
+            hparams.save_folder,
+            TEXT,
+            table,
+            self.embed_text,
+            hparams.text_bs,
+            hparams.clap.d_proj,
+            self.settings(text_max_length=hparams.tokenizer.text_max_length),
+        )
+
+
+def list_windows(paths, windows_per_clip, reader):
+    """The windows to embed.
+
+    Arguments
+    ---------
+    paths : list of str
+        Audio files.
+    windows_per_clip : str
+        "centre" for one window each, "all" for consecutive ones.
+    reader : dataset.audio.AudioReader
+        Knows their length.
+
+    Returns
+    -------
+    tuple of list
+        Position in `paths` and start in seconds of each window; the start of
+        a centre window, and that of a file that cannot be read, is None.
+
+    Raises
+    ------
+    ValueError
+        `windows_per_clip` is neither.
+    """
+    if windows_per_clip == "centre":
+        return list(range(len(paths))), [None] * len(paths)
+    if windows_per_clip != "all":
+        raise ValueError(
+            f"windows_per_clip is '{windows_per_clip}': give centre or all"
+        )
+    items, starts = [], []
+    for i, path in enumerate(tqdm(paths, "lengths", unit="file")):
+        try:
+            found = reader.starts(path)
+        except AudioError:
+            found = [None]
+        items += [i] * len(found)
+        starts += found
+    return items, starts
+
+
+def finish_audio(writer, paths, reader):
+    """Write what lies beside the audio embeddings, then the store itself.
+
+    Arguments
+    ---------
+    writer : EmbeddingWriter
+        With all of its items embedded or skipped.
+    paths : list of str
+        Audio file of each item.
+    reader : dataset.audio.AudioReader
+        Says once more why files were skipped.
+    """
+    index = np.flatnonzero(writer.fate == DONE)
+    reasons = {}
+    for i in np.flatnonzero(writer.fate == SKIPPED):
+        try:
+            reader.crop(paths[i])
+            reasons[paths[i]] = "could not be read at the time"
+        except AudioError as error:
+            reasons[paths[i]] = str(error)
+    skipped = pd.DataFrame(reasons.items(), columns=["path", "reason"])
+    write_csv(skipped, f"{writer.base}_skipped.csv")
+    kept = [paths[i] for i in index]
+    files = f"{writer.base}_files.txt"
+    with open(f"{files}.partial", "w", encoding="utf-8") as file:
+        file.writelines(f"{path}\n" for path in kept)
+    os.replace(f"{files}.partial", files)
+    manifest = pd.DataFrame({"wav_path": kept, "start": writer.at[index]})
+    writer.finish(index, manifest, {"skipped": len(reasons)})
+    log = logger.warning if reasons else logger.info
+    log(
+        "%s: %d windows embedded, %d files skipped%s",
+        AUDIO,
+        len(index),
+        len(reasons),
+        f" (see {writer.base}_skipped.csv)" if reasons else "",
+    )
+
+
+def read_audio_list(path):
+    """Absolute paths of a list, each once; duplicates are reported."""
+    folder = os.path.dirname(os.path.abspath(path))
+    listed = [
+        os.path.normpath(os.path.join(folder, line.strip()))
+        for line in read_list(path)
+    ]
+    if not listed:
+        raise ValueError(f"--audio_pathfile={path} lists no files")
+    distinct = list(dict.fromkeys(listed))
+    if len(distinct) < len(listed):
+        logger.warning(
+            "%d paths in %s are there more than once and are embedded once",
+            len(listed) - len(distinct),
+            path,
+        )
+    return distinct
+
+
+def main(argv):
+    """Embed as the command line says."""
+    hparams, run_opts = experiment.start(argv)
+    if not (hparams["audio_pathfile"] or hparams["text_pathfile"]):
+        raise SystemExit("Give --audio_pathfile, --text_pathfile or both")
+    if not (hparams["clap_ckpt_path"] or hparams["ssl_checkpoints_dir"]):
+        raise SystemExit(
+            "Name the weights to embed with: --clap_ckpt_path=FILE or "
+            "--ssl_checkpoints_dir=<run>/save"
+        )
+    brain = EmbeddingBrain(
+        modules={"clap": hparams["clap"]}, hparams=hparams, run_opts=run_opts
+    )
+    hparams["load_weights"]()
+    brain.modules.eval()
+    brain.weights_hash = state_hash(hparams["clap"].state_dict())
+    if hparams["text_pathfile"]:
+        brain.dump_text(
+            read_captions(hparams["text_pathfile"], "text_pathfile")
+        )
+    if hparams["audio_pathfile"]:
+        brain.dump_audio(read_audio_list(hparams["audio_pathfile"]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,280 @@
+"""Choose the captions that are about a task's classes (DS curation).
+
+    python retrieve_ds_t2t.py hparams/curation/esc_insper_t2t_retr.yaml \
+        --target_csv_path=captions.csv --emb_dir=results/embeddings/save \
+        --ssl_checkpoints_dir=results/.../save --sim_threshold=0.7
+
+Embeds the prompted class names, and keeps the captions whose best similarity
+over the classes reaches the threshold (arXiv 2305.01864). Into <emb_dir> go
+<dataset>_insper_t2t_ds.csv (ID,wav_path,caption,class,similarity) and the
+store of their embeddings, which ADS curation matches audio with. Another task
+than esc, tut and us8k gives its class names as --class_path=classes.txt and
+its name as --dataset.
+"""
+
+import logging
+import os
+import sys
+
+import numpy as np
+import speechbrain as sb
+import torch
+
+import experiment
+from curation.embeddings import (
+    dump_captions,
+    open_embeddings,
+    read_captions,
+    read_list,
+    state_hash,
+    text_hash,
+    write_store,
+)
+from dataset.prepare_zeroshot import BUILT_IN_LABELS, read_labels
+from models.zeroshot import class_embeddings
+
+logger = logging.getLogger(__name__)
+
+_BLOCK_ROWS = 65536
+
+
+class CaptionBrain(sb.Brain):
+    """Encodes captions and class names; nothing is trained."""
+
+    @torch.inference_mode()
+    def embed_text(self, captions):
+        """List of captions -> (captions, d_proj) unit-norm."""
+        tokens = self.hparams.tokenizer(captions)
+        with self.evaluation_ctx:
+            tokens = {k: v.to(self.device) for k, v in tokens.items()}
+            return self.modules.clap.encode_text(tokens)
+
+    def embed_classes(self, texts):
+        """List of class names -> (classes, d_proj) float64, as stored."""
+        with self.evaluation_ctx:
+            embeddings = class_embeddings(
+                self.modules.clap,
+                self.hparams.tokenizer,
+                texts,
+                self.hparams.text_prompt,
+                self.device,
+            )
+        return embeddings.half().double().cpu().numpy()
+
+    def corpus(self, table):
+        """Embeddings of the captions to choose from.
+
+        Those of the embedding run, if they are of the same captions and
+        weights; otherwise they are made, in a store of their own.
+
+        Arguments
+        ---------
+        table : pandas.DataFrame
+            `caption`, row for row.
+
+        Returns
+        -------
+        curation.embeddings.Embeddings
+        """
+        hparams = self.hparams
+        settings = {
+            "weights": self.weights_hash,
+            "precision": self.eval_precision,
+            "text_max_length": hparams.tokenizer.text_max_length,
+        }
+        wanted = {
+            **settings,
+            "list": text_hash(table["caption"]),
+            "size": hparams.clap.d_proj,
+        }
+        path = os.path.join(hparams.emb_dir, "text_insper.json")
+        if os.path.exists(path):
+            found = open_embeddings(hparams.emb_dir, "text_insper")
+            if found.info["settings"] == wanted:
+                return found
+            logger.warning(
+                "text_insper in %s is of other captions, weights or settings "
+                "and is not used: the captions are embedded again",
+                hparams.emb_dir,
+            )
+        stem = f"{hparams.dataset}_t2t_corpus"
+        dump_captions(
+            hparams.emb_dir,
+            stem,
+            table,
+            self.embed_text,
+            hparams.text_bs,
+            hparams.clap.d_proj,
+            settings,
+        )
+        return open_embeddings(hparams.emb_dir, stem)
+
+
+def similarities_to(corpus, classes):
+    """Similarity of every caption to every class.
+
+    Arguments
+    ---------
+    corpus : curation.embeddings.Embeddings
+        Of the captions.
+    classes : array
+        (classes, d) float64.
+
+    Returns
+    -------
+    array
+        (captions, classes) float64.
+    """
+    blocks = [
+        corpus.block(i, i + _BLOCK_ROWS).astype(np.float64) @ classes.T
+        for i in range(0, len(corpus), _BLOCK_ROWS)
+    ]
+    return np.concatenate(blocks)
+
+
+def choose(similarities, threshold, min_captions_per_class):
+    """Rows to keep, and the class that each stands for.
+
+    Arguments
+    ---------
+    similarities : array
+        (captions, classes).
+    threshold : float
+        Captions whose best similarity reaches it are kept.
+    min_captions_per_class : int
+        Classes with fewer get their nearest other captions as well.
+
+    Returns
+    -------
+    tuple of array
+        Rows in order, and the index of the class of each.
+    """
+    nearest = similarities.argmax(axis=1)
+    best = similarities.max(axis=1)
+    chosen = {
+        int(i): int(nearest[i]) for i in np.flatnonzero(best >= threshold)
+    }
+    counts = np.bincount(list(chosen.values()), minlength=similarities.shape[1])
+    for k in np.flatnonzero(counts < min_captions_per_class):
+        order = np.argsort(-similarities[:, k], kind="stable")
+        free = [int(i) for i in order if int(i) not in chosen]
+        for i in free[: min_captions_per_class - counts[k]]:
+            chosen[i] = int(k)
+    rows = np.array(sorted(chosen), dtype=int)
+    return rows, np.array([chosen[i] for i in rows], dtype=int)
+
+
+def report(similarities, rows, classes, labels, captions):
+    """Log how many captions each class got, and its nearest ones.
+
+    Arguments
+    ---------
+    similarities : array
+        (captions, classes) of all captions.
+    rows, classes : array of int
+        As `choose` returns them.
+    labels : list of str
+        (classes,).
+    captions : sequence of str
+        All captions.
+    """
+    counts = np.bincount(classes, minlength=len(labels))
+    lines = [f"{'class':24}{'captions':>9}{'best':>8}  nearest"]
+    for k, label in enumerate(labels):
+        order = np.argsort(-similarities[:, k], kind="stable")[:3]
+        nearest = " | ".join(captions[i][:60] for i in order)
+        best = similarities[order[0], k]
+        lines.append(f"{label:24}{counts[k]:>9}{best:>8.3f}  {nearest}")
+    logger.info("Captions by class\n%s", "\n".join(lines))
+    without = [label for label, n in zip(labels, counts) if n == 0]
+    if without:
+        logger.warning(
+            "No captions for %d of %d classes: %s. Lower sim_threshold, or "
+            "give min_captions_per_class.",
+            len(without),
+            len(labels),
+            ", ".join(without),
+        )
+    logger.info("%d of %d captions kept", len(rows), len(captions))
+
+
+def class_names(hparams):
+    """Labels and texts of the task's classes.
+
+    Raises
+    ------
+    ValueError
+        The data set has no built-in list and none is given.
+    """
+    if hparams["class_path"]:
+        names = [line.strip() for line in read_list(hparams["class_path"])]
+        if not names:
+            raise ValueError(f"--class_path={hparams['class_path']} is empty")
+        return names, [name.replace("_", " ") for name in names]
+    if hparams["dataset"] not in BUILT_IN_LABELS:
+        raise ValueError(
+            f"dataset is '{hparams['dataset']}': give "
+            f"{', '.join(BUILT_IN_LABELS)}, or the classes as --class_path"
+        )
+    labels = read_labels(BUILT_IN_LABELS[hparams["dataset"]])
+    return labels["label"].tolist(), labels["text"].tolist()
+
+
+def main(argv):
+    """Choose captions as the command line says."""
+    hparams, run_opts = experiment.start(argv)
+    for flag in ("target_csv_path", "emb_dir"):
+        if not hparams[flag]:
+            raise SystemExit(f"Give --{flag}")
+    if not (hparams["clap_ckpt_path"] or hparams["ssl_checkpoints_dir"]):
+        raise SystemExit(
+            "Name the weights of the embedding run: --clap_ckpt_path=FILE or "
+            "--ssl_checkpoints_dir=<run>/save"
+        )
+    labels, texts = class_names(hparams)
+    table = read_captions(hparams["target_csv_path"], "target_csv_path")
+    brain = CaptionBrain(
+        modules={"clap": hparams["clap"]}, hparams=hparams, run_opts=run_opts
+    )
+    hparams["load_weights"]()
+    brain.modules.eval()
+    brain.weights_hash = state_hash(hparams["clap"].state_dict())
+    corpus = brain.corpus(table)
+    similarities = similarities_to(corpus, brain.embed_classes(texts))
+    rows, classes = choose(
+        similarities,
+        hparams["sim_threshold"],
+        hparams["min_captions_per_class"],
+    )
+    report(similarities, rows, classes, labels, table["caption"])
+    if not len(rows):
+        raise RuntimeError(
+            f"No caption reaches sim_threshold={hparams['sim_threshold']}; the "
+            f"highest similarity is {similarities.max():.4f}"
+        )
+    chosen = table.iloc[rows].reset_index(drop=True)
+    chosen["class"] = [labels[k] for k in classes]
+    chosen["similarity"] = similarities[rows, classes].round(6)
+    base = os.path.join(hparams["emb_dir"], f"{hparams['dataset']}_insper_t2t")
+    write_store(
+        base,
+        [corpus.vectors[rows]],
+        ds_manifest(chosen),
+        corpus.info["settings"],
+        {"classes": labels, "sim_threshold": hparams["sim_threshold"]},
+        f"{base}_ds.csv",
+    )
+    logger.info("%d captions in %s_ds.csv", len(rows), base)
+
+
+def ds_manifest(chosen):
+    """The chosen captions in the columns of a curation CSV."""
+    if "ID" not in chosen:
+        chosen["ID"] = [str(i) for i in range(len(chosen))]
+    if "wav_path" not in chosen:
+        chosen["wav_path"] = ""
+    return chosen[["ID", "wav_path", "caption", "class", "similarity"]]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

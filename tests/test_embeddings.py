@@ -1,0 +1,327 @@
+"""Embedding runs by the real command line: alignment, resume, refusals."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import write_noise
+
+import microsoft_curation_toemb
+import retrieve_ds_t2t
+from curation.embeddings import check_same_weights, open_embeddings
+from dataset.audio import AudioReader
+from dataset.text import CaptionTokenizer
+from models.clap import CLAP
+from models.weights import AtomicCheckpointer
+
+ROOT = pathlib.Path(__file__).parents[1]
+NETWORK = {"sample_rate": 16000, "duration": 1, "fmax": 8000, "width": 2,
+           "d_proj": 8}  # fmt: skip
+CAPTIONS = ["rain falls", 'a dog, "barks"', "$HOME é", "rain falls", "hum"]
+
+
+@pytest.fixture(scope="module")
+def clap(text_model):
+    torch.manual_seed(0)
+    model = CLAP(text_model=text_model, text_pretrained=False, **NETWORK)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, clap):
+    """Weights, captions, and 40 clips; one unreadable, one missing."""
+    folder = tmp_path_factory.mktemp("world")
+    names = [f"{i}, $x.wav" for i in range(40)]
+    for i, name in enumerate(names):
+        write_noise(folder / name, 0.4 + 0.07 * i, 16000, seed=i)
+    (folder / names[7]).write_text("no audio")
+    (folder / names[9]).unlink()
+    lines = [*names, "", names[3]]
+    (folder / "list.txt").write_text("\n".join(lines) + "\n")
+    pd.DataFrame({"ID": list("abcde"), "caption": CAPTIONS}).to_csv(
+        folder / "captions.csv", index=False
+    )
+    AtomicCheckpointer(folder / "weights", {"clap": clap}).save_checkpoint()
+    return folder
+
+
+def argv(script, world, text_model, **changes):
+    flags = {
+        "text_model": text_model,
+        "clap": json.dumps(NETWORK).replace('"', ""),
+        "ssl_checkpoints_dir": world / "weights",
+    } | changes
+    flags = [f"--{k}={v}" for k, v in flags.items() if v is not None]
+    return [str(ROOT / "hparams/curation" / f"{script}.yaml"), *flags]
+
+
+@pytest.fixture
+def embed(world, text_model, tmp_path):
+    """Runs the embedding script; returns its save folder."""
+
+    def run(name="run", main=microsoft_curation_toemb.main, **changes):
+        flags = {
+            "audio_pathfile": world / "list.txt",
+            "text_pathfile": world / "captions.csv",
+            "output_folder": tmp_path / name,
+            "num_workers": 0,
+            "audio_bs": 4,
+            "text_bs": 2,
+        } | changes
+        script = "microsoft_audioset_insper_toemb"
+        main(argv(script, world, text_model, **flags))
+        return tmp_path / name / "save"
+
+    return run
+
+
+def test_rows_are_the_embeddings_of_their_manifest(
+    embed, world, clap, text_model
+):
+    save = embed()
+    audio = open_embeddings(save, "audio_audioset")
+    names = [i for i in range(40) if i not in (7, 9)]
+    paths = [str(world / f"{i}, $x.wav") for i in names]
+    assert audio.manifest["wav_path"].tolist() == paths
+    files = (save / "audio_audioset_files.txt").read_text().splitlines()
+    assert files == paths
+    reader = AudioReader(16000, 1)
+    with torch.no_grad():
+        for row, (_, line) in enumerate(audio.manifest.iterrows()):
+            window, _ = reader.crop(line["wav_path"], start=line["start"])
+            centre, start = reader.crop(line["wav_path"])
+            assert torch.equal(window, centre) and start == line["start"]
+            expected = clap.encode_audio(window[None])[0].numpy()
+            np.testing.assert_allclose(
+                audio.block(row, row + 1)[0], expected, atol=2e-3
+            )
+    skipped = pd.read_csv(save / "audio_audioset_skipped.csv")
+    assert skipped["path"].tolist() == [
+        str(world / "7, $x.wav"),
+        str(world / "9, $x.wav"),
+    ]
+    text = open_embeddings(save, "text_insper")
+    assert text.manifest["caption"].tolist() == CAPTIONS
+    assert text.manifest["ID"].tolist() == list("abcde")
+    tokenize = CaptionTokenizer(text_model)
+    with torch.no_grad():
+        for row, caption in enumerate(CAPTIONS):
+            expected = clap.encode_text(tokenize([caption]))[0].numpy()
+            np.testing.assert_allclose(
+                text.block(row, row + 1)[0], expected, atol=2e-3
+            )
+    assert text.info["distinct"] == 4
+    assert text.vectors.dtype == audio.vectors.dtype == np.float16
+    check_same_weights(audio, text)
+
+
+def test_all_windows(embed):
+    save = embed(windows_per_clip="all", text_pathfile=None)
+    manifest = open_embeddings(save, "audio_audioset").manifest
+    # Clip 30 is 2.5 s long.
+    clip = manifest[manifest["wav_path"].str.endswith("/30, $x.wav")]
+    assert clip["start"].tolist() == [0, 1, 1.5]
+    assert not (save / "text_insper_embeddings.npy").exists()
+
+
+STORES = ("audio_audioset_embeddings.npy", "audio_audioset.csv",
+          "text_insper_embeddings.npy", "text_insper.csv")  # fmt: skip
+
+
+def contents(save):
+    return [(save / name).read_bytes() for name in STORES]
+
+
+def test_killed_and_resumed_gives_the_same_bytes(
+    embed, world, text_model, tmp_path
+):
+    whole = embed("whole")
+
+    def run():
+        flags = argv(
+            "microsoft_audioset_insper_toemb",
+            world,
+            text_model,
+            audio_pathfile=world / "list.txt",
+            text_pathfile=world / "captions.csv",
+            output_folder=tmp_path / "killed",
+            num_workers=0,
+            audio_bs=4,
+            text_bs=2,
+        )
+        return subprocess.Popen(
+            [sys.executable, "microsoft_curation_toemb.py", *flags],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    process = run()
+    save = tmp_path / "killed" / "save"
+    fates = save / "audio_audioset.partial.fate.npy"
+    while not (fates.exists() and np.load(fates).any()):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (save / "audio_audioset.json").exists()
+    assert run().wait() == 0
+    assert contents(save) == contents(whole)
+    assert not list(save.glob("*.partial*"))
+
+
+def test_two_processes_give_the_same_bytes(embed, tmp_path):
+    whole = embed("whole")
+
+    def torchrun(flags):
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run"),
+                "--nproc_per_node=2",
+                "--master_port=29518",
+                "microsoft_curation_toemb.py",
+                *flags,
+            ],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
+
+    assert contents(embed("two", main=torchrun)) == contents(whole)
+
+
+def test_a_finished_store_is_kept_and_another_refused(embed, world):
+    save = embed()
+    times = [(save / name).stat().st_mtime_ns for name in STORES]
+    embed()
+    assert [(save / name).stat().st_mtime_ns for name in STORES] == times
+    with pytest.raises(ValueError, match=r"short \(repeat there, zero now\)"):
+        embed(short_audio="zero")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"audio_pathfile": "", "text_pathfile": ""}, "--audio_pathfile"),
+        ({"ssl_checkpoints_dir": ""}, "Name the weights"),
+        ({"windows_per_clip": "each"}, "centre or all"),
+        ({"audio_pathfile": "{}/empty"}, "lists no files"),
+        ({"text_pathfile": "{}/list.txt"}, "cannot be read|column caption"),
+    ],
+)
+def test_wrong_input(embed, world, changes, message):
+    (world / "empty").write_text("\n")
+    changes = {k: v.format(world) for k, v in changes.items()}
+    with pytest.raises((ValueError, SystemExit), match=message):
+        embed(**changes)
+
+
+def test_stores_that_do_not_belong_together(embed):
+    save = embed()
+    manifest = save / "text_insper.csv"
+    manifest.write_text(manifest.read_text().replace("hum", "him"))
+    with pytest.raises(ValueError, match="was changed after"):
+        open_embeddings(save, "text_insper")
+    manifest.write_text("".join(manifest.read_text().splitlines(True)[:-1]))
+    with pytest.raises(ValueError, match="4 rows and .* 5"):
+        open_embeddings(save, "text_insper")
+    audio = open_embeddings(save, "audio_audioset")
+    other = open_embeddings(save, "audio_audioset")
+    other.info["settings"]["weights"] = "0" * 64
+    with pytest.raises(ValueError, match="different weights"):
+        check_same_weights(audio, other)
+    with pytest.raises(FileNotFoundError, match="emb_dir"):
+        open_embeddings(save, "typo")
+
+
+def test_stores_of_other_programs_are_normalised(tmp_path, caplog):
+    rows = np.array([[3, 4], [0, 0], [0.6, 0.8]], np.float32)
+    np.save(tmp_path / "x_embeddings.npy", rows)
+    (tmp_path / "x_files.txt").write_text("a\nb\nc\n")
+    store = open_embeddings(tmp_path, "x")
+    assert "no record" in caplog.text
+    expected = np.array([[0.6, 0.8], [0, 0], [0.6, 0.8]], np.float32)
+    np.testing.assert_allclose(store.block(0, 3), expected, atol=1e-6)
+
+
+@pytest.fixture
+def choose_captions(world, text_model, tmp_path):
+    """Runs the DS script on classes of one word each."""
+
+    def run(save, **changes):
+        (tmp_path / "classes.txt").write_text("dog\nrain\n")
+        flags = {
+            "dataset": "own",
+            "class_path": tmp_path / "classes.txt",
+            "target_csv_path": world / "captions.csv",
+            "emb_dir": save,
+            "output_folder": tmp_path / "ds",
+            "text_prompt": "the sound of",
+        } | changes
+        retrieve_ds_t2t.main(
+            argv("esc_insper_t2t_retr", world, text_model, **flags)
+        )
+        return pd.read_csv(save / "own_insper_t2t_ds.csv")
+
+    return run
+
+
+def naive_similarities(clap, text_model):
+    tokenize = CaptionTokenizer(text_model)
+
+    def embed(text):
+        with torch.no_grad():
+            vector = clap.encode_text(tokenize([text]))[0]
+        return vector.half().double().numpy()
+
+    classes = [embed(f"the sound of {name}") for name in ("dog", "rain")]
+    return np.array([[embed(c) @ k for k in classes] for c in CAPTIONS])
+
+
+def test_domain_specific_captions(
+    embed, choose_captions, clap, text_model, tmp_path
+):
+    save = embed(audio_pathfile=None)
+    similarities = naive_similarities(clap, text_model)
+    best = similarities.max(axis=1)
+    threshold = float(np.sort(np.unique(best.round(4)))[1:3].mean())
+    chosen = choose_captions(save, sim_threshold=threshold)
+    expected = np.flatnonzero(best >= threshold)
+    assert 0 < len(expected) < len(CAPTIONS)
+    assert chosen["caption"].tolist() == [CAPTIONS[i] for i in expected]
+    assert chosen["ID"].tolist() == ["abcde"[i] for i in expected]
+    names = np.array(["dog", "rain"])[similarities.argmax(axis=1)]
+    assert chosen["class"].tolist() == names[expected].tolist()
+    np.testing.assert_allclose(chosen["similarity"], best[expected], atol=2e-3)
+    store = open_embeddings(save, "own_insper_t2t")
+    corpus = open_embeddings(save, "text_insper")
+    assert np.array_equal(store.vectors, corpus.vectors[expected])
+    # Without the embedding run's store the captions are embedded anew.
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    again = choose_captions(fresh, sim_threshold=threshold)
+    pd.testing.assert_frame_equal(again, chosen)
+
+
+def test_classes_without_captions_are_topped_up():
+    similarities = np.array([[0.9, 0.1], [0.8, 0.5], [0.2, 0.6], [0.3, 0.4]])
+    rows, classes = retrieve_ds_t2t.choose(similarities, 0.7, 0)
+    assert (rows.tolist(), classes.tolist()) == ([0, 1], [0, 0])
+    rows, classes = retrieve_ds_t2t.choose(similarities, 0.7, 2)
+    assert (rows.tolist(), classes.tolist()) == ([0, 1, 2, 3], [0, 0, 1, 1])
+    rows, classes = retrieve_ds_t2t.choose(similarities, 0.7, 1)
+    assert (rows.tolist(), classes.tolist()) == ([0, 1, 2], [0, 0, 1])
+
+
+def test_nothing_reaches_the_threshold(embed, choose_captions):
+    save = embed(audio_pathfile=None)
+    with pytest.raises(RuntimeError, match="highest similarity is"):
+        choose_captions(save, sim_threshold=1.5)
