@@ -13,11 +13,12 @@ import hashlib
 import logging
 import os
 import pathlib
+import shutil
 
 import numpy as np
 import torch
 from speechbrain.utils.checkpoints import METAFNAME, Checkpointer
-from speechbrain.utils.distributed import ddp_barrier
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ _ARRAY_TYPES = [
 ] + [np.ndarray, np.dtype, *(type(np.dtype(code)) for code in "?bhilqBHILQefd")]
 
 _DFT = "spectrogram_extractor.stft.conv_{}.weight"
-_MELW = "logmel_extractor.melW"
+_PARTIAL_META = f"{METAFNAME}.partial"
 
 
 class AtomicCheckpointer(Checkpointer):
@@ -38,19 +39,26 @@ class AtomicCheckpointer(Checkpointer):
 
     SpeechBrain writes a checkpoint's meta file, which makes it one, before
     the weights. Here it is renamed into place after them, so that a process
-    killed while saving leaves the previous checkpoint as the latest.
+    killed while saving leaves the previous checkpoint as the latest. What it
+    leaves besides is removed when the folder is opened the next time.
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if if_main_process():
+            for partial in self.checkpoints_dir.glob(f"*/{_PARTIAL_META}"):
+                shutil.rmtree(partial.parent)
+
     def _save_checkpoint_metafile(self, fpath, *args, **kwargs):
-        partial = fpath.with_suffix(".partial")
+        partial = fpath.with_name(_PARTIAL_META)
         return super()._save_checkpoint_metafile(partial, *args, **kwargs)
 
     def save_checkpoint(self, *args, **kwargs):
         """As SpeechBrain's, with the meta file renamed last."""
         checkpoint = super().save_checkpoint(*args, **kwargs)
         if checkpoint is not None:
-            meta = checkpoint.path / METAFNAME
-            os.replace(meta.with_suffix(".partial"), meta)
+            partial = checkpoint.path / _PARTIAL_META
+            os.replace(partial, checkpoint.path / METAFNAME)
         # Deleting old ones is collective: all processes must see the same.
         ddp_barrier()
         return checkpoint
