@@ -206,17 +206,18 @@ def class_names(hparams):
     ValueError
         The data set has no built-in list and none is given.
     """
-    if hparams["class_path"]:
-        names = [line.strip() for line in read_list(hparams["class_path"])]
+    path = hparams["class_path"]
+    if path and not path.endswith(".csv"):
+        names = [line.strip() for line in read_list(path)]
         if not names:
-            raise ValueError(f"--class_path={hparams['class_path']} is empty")
+            raise ValueError(f"--class_path={path} is empty")
         return names, [name.replace("_", " ") for name in names]
-    if hparams["dataset"] not in BUILT_IN_LABELS:
+    if not path and hparams["dataset"] not in BUILT_IN_LABELS:
         raise ValueError(
             f"dataset is '{hparams['dataset']}': give "
             f"{', '.join(BUILT_IN_LABELS)}, or the classes as --class_path"
         )
-    labels = read_labels(BUILT_IN_LABELS[hparams["dataset"]])
+    labels = read_labels(path or BUILT_IN_LABELS[hparams["dataset"]])
     return labels["label"].tolist(), labels["text"].tolist()
 
 

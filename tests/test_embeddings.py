@@ -321,6 +321,26 @@ def test_classes_without_captions_are_topped_up():
     assert (rows.tolist(), classes.tolist()) == ([0, 1, 2], [0, 0, 1])
 
 
+def test_class_lists(tmp_path):
+    (tmp_path / "c.txt").write_text("air_horn\n\nrain\n")
+    (tmp_path / "c.csv").write_text("label,text\na,air horn\n")
+
+    def names(dataset, path):
+        return retrieve_ds_t2t.class_names(
+            {"dataset": dataset, "class_path": path and str(tmp_path / path)}
+        )
+
+    assert names("own", "c.txt") == (["air_horn", "rain"], ["air horn", "rain"])
+    assert names("own", "c.csv") == (["a"], ["air horn"])
+    assert [len(names(d, None)[0]) for d in ("esc", "tut", "us8k")] == [
+        50,
+        15,
+        10,
+    ]
+    with pytest.raises(ValueError, match="--class_path"):
+        names("own", None)
+
+
 def test_nothing_reaches_the_threshold(embed, choose_captions):
     save = embed(audio_pathfile=None)
     with pytest.raises(RuntimeError, match="highest similarity is"):
