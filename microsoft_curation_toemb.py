@@ -39,6 +39,7 @@ from curation.embeddings import (
 from dataset.audio import AudioError
 from dataset.manifest import write_csv
 from dataset.pipelines import CropDataset, collate_crops
+from models.zeroshot import text_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +56,12 @@ class EmbeddingBrain(sb.Brain):
             windows = windows.to(self.device, non_blocking=True)
             return self.modules.clap.encode_audio(windows)
 
-    @torch.inference_mode()
     def embed_text(self, captions):
         """List of captions -> (captions, d_proj) unit-norm."""
-        tokens = self.hparams.tokenizer(captions)
         with self.evaluation_ctx:
-            tokens = {k: v.to(self.device) for k, v in tokens.items()}
-            return self.modules.clap.encode_text(tokens)
+            return text_embeddings(
+                self.modules.clap, self.hparams.tokenizer, captions, self.device
+            )
 
     def settings(self, **more):
         """What embeddings depend on, for the record."""

@@ -18,7 +18,6 @@ import sys
 
 import numpy as np
 import speechbrain as sb
-import torch
 
 import experiment
 from curation.embeddings import (
@@ -31,7 +30,7 @@ from curation.embeddings import (
     write_store,
 )
 from dataset.prepare_zeroshot import BUILT_IN_LABELS, read_labels
-from models.zeroshot import class_embeddings
+from models.zeroshot import class_embeddings, text_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +40,12 @@ _BLOCK_ROWS = 65536
 class CaptionBrain(sb.Brain):
     """Encodes captions and class names; nothing is trained."""
 
-    @torch.inference_mode()
     def embed_text(self, captions):
         """List of captions -> (captions, d_proj) unit-norm."""
-        tokens = self.hparams.tokenizer(captions)
         with self.evaluation_ctx:
-            tokens = {k: v.to(self.device) for k, v in tokens.items()}
-            return self.modules.clap.encode_text(tokens)
+            return text_embeddings(
+                self.modules.clap, self.hparams.tokenizer, captions, self.device
+            )
 
     def embed_classes(self, texts):
         """List of class names -> (classes, d_proj) float64, as stored."""

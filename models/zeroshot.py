@@ -25,8 +25,8 @@ def prompted(template, text):
 
 
 @torch.no_grad()
-def class_embeddings(clap, tokenize, texts, templates, device):
-    """Embeddings of classes: the renormalised mean over the templates.
+def text_embeddings(clap, tokenize, texts, device):
+    """Embeddings of texts, as one batch.
 
     Arguments
     ---------
@@ -35,11 +35,30 @@ def class_embeddings(clap, tokenize, texts, templates, device):
     tokenize : callable
         List of str -> dict of token tensors.
     texts : list of str
+        Captions or prompted class names.
+    device : str
+        Where the model is.
+
+    Returns
+    -------
+    torch.Tensor
+        (texts, d_proj) fp32, unit-norm.
+    """
+    tokens = {k: v.to(device) for k, v in tokenize(texts).items()}
+    return clap.encode_text(tokens)
+
+
+def class_embeddings(clap, tokenize, texts, templates, device):
+    """Embeddings of classes: the renormalised mean over the templates.
+
+    Arguments
+    ---------
+    clap, tokenize, device
+        As `text_embeddings`.
+    texts : list of str
         Names of the classes.
     templates : str or list of str
         One prompt or several; see `prompted`.
-    device : str
-        Where the model is.
 
     Returns
     -------
@@ -50,9 +69,8 @@ def class_embeddings(clap, tokenize, texts, templates, device):
         templates = [templates]
     total = 0
     for template in templates:
-        tokens = tokenize([prompted(template, text) for text in texts])
-        tokens = {k: v.to(device) for k, v in tokens.items()}
-        total = total + clap.encode_text(tokens)
+        prompts = [prompted(template, text) for text in texts]
+        total = total + text_embeddings(clap, tokenize, prompts, device)
     return F.normalize(total, dim=-1)
 
 
