@@ -1,9 +1,10 @@
-"""What `make demo` runs: a teacher from nothing, with the real scripts.
+"""What `make demo` runs: the toolkit from nothing, by its real scripts.
 
     python demo.py
 
-Makes synthetic sounds with captions, trains a small teacher on some of them
-and classifies others, from another acoustic domain, zero-shot. Each command is
+Makes synthetic sounds with captions, trains a small teacher on some of them,
+classifies others, from another acoustic domain, zero-shot, and curates pairs
+of unlabelled sounds of that domain and a corpus of captions. Each command is
 printed as a user would type it; a command that is done is not done again (for
 a fresh start, delete results/demo).
 """
@@ -20,14 +21,27 @@ from dataset.manifest import write_json
 
 FOLDER = "results/demo"
 DATA = f"{FOLDER}/data"
+WEIGHTS = f"--ssl_checkpoints_dir={FOLDER}/teacher/save"
+EMBEDDINGS = f"--emb_dir={FOLDER}/embeddings/save"
 COMMANDS = [
-    f"python -m dataset.synthetic {DATA}",
+    f"python -m dataset.synthetic {DATA} --unlabelled 300",
     "python microsoft_clap_train.py hparams/demo/microsoft_clap_train.yaml"
     f" --data_annot_folder={DATA}/pairs --output_folder={FOLDER}/teacher",
     "python microsoft_zeroshot.py hparams/demo/microsoft_zeroshot.yaml"
-    f" --data_folder={DATA}/target"
-    f" --ssl_checkpoints_dir={FOLDER}/teacher/save"
+    f" --data_folder={DATA}/target {WEIGHTS}"
     f" --output_folder={FOLDER}/teacher_zeroshot",
+    "python microsoft_curation_toemb.py hparams/demo/microsoft_toemb.yaml"
+    f" --audio_pathfile={DATA}/unlabelled.txt"
+    f" --text_pathfile={DATA}/captions.csv {WEIGHTS}"
+    f" --output_folder={FOLDER}/embeddings",
+    "python retrieve_from_emb_thresh.py"
+    " hparams/curation/audioset_insper_duv2_retr.yaml"
+    f" {EMBEDDINGS} --target_pairs=2000",
+    "python retrieve_ds_t2t.py hparams/demo/t2t_retr.yaml"
+    f" --target_csv_path={DATA}/captions.csv {EMBEDDINGS} {WEIGHTS}"
+    f" --output_folder={FOLDER}/captions",
+    "python retrieve_from_emb_thresh.py hparams/demo/audioset_dudsv3_retr.yaml"
+    f" {EMBEDDINGS} --target_pairs=2000",
 ]
 
 
@@ -66,6 +80,8 @@ def main():
         "teacher/train_history.png",
         "teacher_zeroshot/confusion_matrix.png",
         "teacher_zeroshot/predictions.csv",
+        "embeddings/save/audioset_insper_duv2_report.png",
+        "embeddings/save/demo_insper_audioset_dudsv3_curation.csv",
         "data/pairs",
     ):
         print(f"  {FOLDER}/{path}")

@@ -1,0 +1,1 @@
+"""Measurements against the ordinary way of doing the same work."""

@@ -1,0 +1,154 @@
+"""What a threshold keeps, for choosing one: a table and a picture."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from curation.similarity import EDGES
+
+TOP_CAPTIONS = 20
+_LABEL_LENGTH = 60  # characters of a caption in the picture
+
+
+def make_report(tally, num_audio, threshold, kept, captions):
+    """Gather the figures of a search.
+
+    Arguments
+    ---------
+    tally : curation.similarity.Tally
+        Of the search; `with_report`, or lower thresholds count as the lowest
+        searched one.
+    num_audio : int
+        Number of audio rows.
+    threshold : float
+        The threshold chosen.
+    kept : array of int
+        (captions,) pairs kept with each caption, limits applied.
+    captions : list of str
+        (captions,).
+
+    Returns
+    -------
+    dict
+        For a JSON file. `curve` holds, for each threshold from 0 to 1, the
+        pairs that reach it and the clips and captions in them, before limits;
+        from `exact_from` upwards exact, and below up to those pairs that are
+        within `margin` of the threshold. `histogram` has one edge more than
+        counts; what rounding put above 1 is in its last bin.
+    """
+    curves = tally.curves()
+    pairs = curves["pairs"]
+    counts = -np.diff(pairs)
+    counts[-1] += pairs[-1]
+    chosen = EDGES >= 0
+    # Equal captions are one, whatever rows they are in.
+    totals = {}
+    for row in np.flatnonzero(kept):
+        totals[captions[row]] = totals.get(captions[row], 0) + int(kept[row])
+    frequent = sorted(totals.items(), key=lambda item: (-item[1], item[0]))
+    return {
+        "threshold": threshold,
+        "audio_rows": num_audio,
+        "caption_rows": len(captions),
+        "highest": None if np.isinf(tally.highest) else tally.highest,
+        "exact_from": None if np.isinf(tally.threshold) else tally.threshold,
+        "margin": tally.margin,
+        "curve": {
+            "threshold": EDGES[chosen].tolist(),
+            "pairs": pairs[chosen].tolist(),
+            "clips": curves["clips"][chosen].tolist(),
+            "captions": curves["texts"][chosen].tolist(),
+        },
+        "histogram": {"edges": EDGES.tolist(), "counts": counts.tolist()},
+        "frequent_captions": [
+            {"caption": caption, "pairs": count}
+            for caption, count in frequent[:TOP_CAPTIONS]
+        ],
+    }
+
+
+def report_figure(report, title):
+    """Picture of a report. Characters that the font lacks become boxes.
+
+    Arguments
+    ---------
+    report : dict
+        Of `make_report`.
+    title : str
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    figure = Figure(figsize=(14, 9), layout="constrained")
+    figure.suptitle(title, parse_math=False)
+    grid = figure.add_gridspec(2, 2, width_ratios=(1, 1))
+    _draw_histogram(figure.add_subplot(grid[0, 0]), report)
+    _draw_curve(figure.add_subplot(grid[1, 0]), report)
+    _draw_captions(figure.add_subplot(grid[:, 1]), report)
+    return figure
+
+
+def _draw_histogram(axes, report):
+    """All similarities, as far as there are any."""
+    edges = np.array(report["histogram"]["edges"])
+    counts = np.array(report["histogram"]["counts"])
+    axes.stairs(counts, edges, fill=True)
+    if counts.any():
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.5)
+        used = np.flatnonzero(counts)
+        left = min(edges[used[0]], report["threshold"])
+        right = max(edges[used[-1] + 1], report["threshold"])
+        axes.set_xlim(left - 0.02, right + 0.02)
+    axes.axvline(report["threshold"], color="black", linestyle="--")
+    axes.set_xlabel("similarity")
+    axes.set_ylabel("pairs in steps of 0.01")
+    axes.set_title("All pairs")
+
+
+def _draw_curve(axes, report):
+    """What each threshold keeps."""
+    curve = report["curve"]
+    for name in ("pairs", "clips", "captions"):
+        axes.plot(curve["threshold"], curve[name], label=name)
+    if any(curve["pairs"]):
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.5)
+    axes.axvline(
+        report["threshold"],
+        color="black",
+        linestyle="--",
+        label=f"threshold {report['threshold']:g}",
+    )
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("threshold")
+    axes.set_ylabel("kept, before limits")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.set_title("Kept at each threshold")
+
+
+def _draw_captions(axes, report):
+    """The most frequent captions as bars, the first on top."""
+    frequent = report["frequent_captions"][::-1]
+    bars = axes.barh(
+        range(len(frequent)), [item["pairs"] for item in frequent], height=0.7
+    )
+    axes.bar_label(bars, padding=3)
+    axes.margins(x=0.12)
+    labels = axes.set_yticks(
+        range(len(frequent)), [_shortened(item["caption"]) for item in frequent]
+    )
+    for tick in labels:
+        # A caption may hold $, which is no formula.
+        tick.label1.set_parse_math(False)
+    axes.set_xlabel("pairs kept")
+    axes.set_title("Most frequent captions" if frequent else "No pair is kept")
+
+
+def _shortened(caption):
+    """A caption on one line of bounded length."""
+    text = " ".join(caption.split())
+    if len(text) <= _LABEL_LENGTH:
+        return text
+    return text[: _LABEL_LENGTH - 1] + "…"

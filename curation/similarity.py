@@ -1,0 +1,583 @@
+"""Exact search for the pairs of vectors whose similarity reaches a threshold.
+
+What is exact
+-------------
+A vector is taken on the grid of multiples of 2^-24: fp16 values lie on it, fp32
+ones are rounded to it (by 3e-8 at most). A product of two such values is a
+multiple of 2^-48, and with norms of at most 2 no partial sum of a dot product
+exceeds 4 in magnitude (Cauchy-Schwarz), so each needs 51 bits at most and
+float64, with 53, adds them without rounding, in any order. The similarity of a
+pair is this exact dot product: it does not depend on block sizes, devices or
+libraries.
+
+How it is found
+---------------
+A faster product of blocks preselects candidates, then each candidate is decided
+by its exact similarity. With r(x) the norm of what rounding x to the fast
+format took away, the fast product of a and b is off by at most
+
+    r(a) |b| + (|a| + r(a)) r(b) + (d + 64) 2^-22 (|a| + r(a)) (|b| + r(b))
+
+The first terms are the rounding of the input (Cauchy-Schwarz); r is measured
+and not taken from the format's worst case. The last one is the accumulation of
+d products in fp32 in any order, at most d 2^-24 with rounding to nearest
+(Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1), d 2^-23
+if sums are truncated, and 1.1 d 2^-23 if groups of 16 are aligned to their
+largest before, as GPUs do; 2^-22 leaves room, and 64 some for fp32 taken as the
+sum of two bf16 numbers without the product of the lower ones (2^-18). Products
+that are returned in bf16 are compared with a limit that is itself a bf16
+number: rounding keeps the order, so none falls below the limit by it.
+
+The same margins tell how far the histogram of all similarities may be off,
+which is made from the fast product.
+"""
+
+import dataclasses
+import time
+
+import numpy as np
+import torch
+
+GRID = 2.0**24  # steps in 1
+EDGES = np.arange(-100, 101) / 100  # lower ends of the histogram's bins
+_MAX_NORM = 2.0
+# Rows of a block at most, that a product stays within 64 MB, on a GPU 1 GB.
+_MAX_ROWS = {"cpu": 4096, "cuda": 16384}
+_CACHE_BYTES = 400 * 2**20  # of text blocks on a CPU
+_MAX_CANDIDATES = 2**20  # of one block of audio rows against all texts
+_PAIRS_AT_ONCE = {"cpu": 128, "cuda": 2**16}  # rows that a cache holds
+
+
+class Tally:
+    """What a search saw: its highest similarity, and counts by similarity.
+
+    Counts at thresholds from the one searched with upwards are exact. Those
+    below come from the fast product, and only if the search was asked for
+    them; they are off by the pairs within `margin` of a bin's end.
+
+    Arguments
+    ---------
+    n_text : int
+        Number of texts. Memory is 12 bytes a text.
+
+    Attributes
+    ----------
+    highest : float
+        Highest similarity. If no pair reached the threshold, that of the pair
+        with the highest fast product: exact for that pair, and at most
+        `margin` below the true highest one.
+    margin : float
+        Largest error that the fast product may have had.
+    """
+
+    def __init__(self, n_text):
+        self.margin = 0.0
+        self._fast_bits = np.zeros(2**16, dtype=np.int64)
+        self._fast_pairs = np.zeros(len(EDGES), dtype=np.int64)
+        self._fast_clips = np.zeros(len(EDGES), dtype=np.int64)
+        self._fast_texts = np.full(n_text, -np.inf, dtype=np.float32)
+        self.start(np.inf)
+
+    def start(self, threshold):
+        """Begin a search: exact counts start anew, the fast ones stay."""
+        self.threshold = threshold
+        self.highest = -np.inf
+        self._pairs = np.zeros(len(EDGES), dtype=np.int64)
+        self._clips = np.zeros(len(EDGES), dtype=np.int64)
+        self._texts = np.full(len(self._fast_texts), -np.inf)
+
+    def add_pairs(self, audio_rows, text_rows, similarities):
+        """Count pairs over the threshold, all those of some audio rows."""
+        if not len(audio_rows):
+            return
+        firsts = np.flatnonzero(np.diff(audio_rows, prepend=-1))
+        self._pairs += _binned(similarities)
+        self._clips += _binned(np.maximum.reduceat(similarities, firsts))
+        np.maximum.at(self._texts, text_rows, similarities)
+
+    def add_fast(self, seen):
+        """Count what the fast products of some audio rows with all texts saw.
+
+        Arguments
+        ---------
+        seen : _Seen
+        """
+        if seen.bits is not None:
+            self._fast_bits += seen.bits
+        if seen.bins is not None:
+            self._fast_pairs += seen.bins
+        self._fast_clips += _binned(seen.best)
+        for begin, best in seen.text_best:
+            view = self._fast_texts[begin : begin + len(best)]
+            np.maximum(view, best, out=view)
+
+    def curves(self):
+        """Numbers of pairs, clips and texts that reach each threshold.
+
+        Returns
+        -------
+        dict of str to array
+            `pairs`, `clips` and `texts`, each (201,) int64, at the thresholds
+            `EDGES`, -1.00 to 1.00. Clips and texts are counted from 0 up.
+        """
+        fast_pairs = _at_least(self._fast_pairs) + _at_least_of_bits(
+            self._fast_bits
+        )
+        curves = {
+            "pairs": (_at_least(self._pairs), fast_pairs),
+            "clips": (_at_least(self._clips), _at_least(self._fast_clips)),
+            "texts": (
+                _at_least(_binned(self._texts)),
+                _at_least(_binned(self._fast_texts)),
+            ),
+        }
+        # A lower threshold keeps what a higher one keeps, whatever the margin.
+        return {
+            name: np.where(
+                self.threshold <= EDGES, exact, np.maximum(fast, exact.max())
+            )
+            for name, (exact, fast) in curves.items()
+        }
+
+
+@dataclasses.dataclass
+class _Rows:
+    """A block of vectors, ready for products.
+
+    Arguments
+    ---------
+    begin : int
+        First row's number.
+    exact : torch.Tensor
+        (rows, d) on the grid, fp16 if that holds them, else fp32.
+    fast : torch.Tensor
+        The same in the format of the fast product.
+    norm, lost : float
+        Largest norm of a row, and of what `fast` took away from one.
+    """
+
+    begin: int
+    exact: torch.Tensor
+    fast: torch.Tensor
+    norm: float
+    lost: float
+
+    def part(self, begin, end):
+        """Some of the rows; the norms stay bounds."""
+        return dataclasses.replace(
+            self,
+            begin=self.begin + begin,
+            exact=self.exact[begin:end],
+            fast=self.fast[begin:end],
+        )
+
+
+@dataclasses.dataclass
+class _Seen:
+    """Fast products of a block of audio rows, counted."""
+
+    best: np.ndarray
+    bits: np.ndarray | None = None
+    bins: np.ndarray | None = None
+    text_best: list = dataclasses.field(default_factory=list)
+
+    def add(self, product, text_begin):
+        """Count one product (audio rows, texts)."""
+        if product.dtype == torch.bfloat16:
+            bits = product.view(torch.int16).numpy()
+            counts = _counted(bits.view(np.uint16), 2**16)
+            self.bits = counts if self.bits is None else self.bits + counts
+            # As integers, bits keep the order of positive numbers, and
+            # negative ones stay below; no curve asks for more.
+            best = [_from_bits(bits.max(axis=axis)) for axis in (1, 0)]
+        else:
+            counts = _binned_fast(product)
+            self.bins = counts if self.bins is None else self.bins + counts
+            best = [product.amax(dim=dim).cpu().numpy() for dim in (1, 0)]
+        np.maximum(self.best, best[0], out=self.best)
+        self.text_best.append((text_begin, best[1]))
+
+
+class _Blocks:
+    """Blocks of texts, read at each iteration unless they fit into a cache."""
+
+    def __init__(self, read, count, size, room):
+        self.read, self.count, self.size = read, count, size
+        self.room, self.kept = room, {}
+
+    def __iter__(self):
+        for begin in range(0, self.count, self.size):
+            block = self.kept.get(begin)
+            if block is None:
+                block = self.read(begin, min(begin + self.size, self.count))
+                nbytes = block.exact.nbytes + block.fast.nbytes
+                if nbytes <= self.room:
+                    self.room -= nbytes
+                    self.kept[begin] = block
+            yield block
+
+
+def pairs_over(
+    audio_block,
+    n_audio,
+    text_block,
+    n_text,
+    threshold,
+    tally=None,
+    with_report=False,
+    audio_bs=4000,
+    text_bs=4096,
+    device="cpu",
+    precision="auto",
+):
+    """Find all pairs whose exact similarity is the threshold or more.
+
+    Memory depends on the block sizes and on `n_text` times a few bytes, not on
+    the number of pairs: a block of audio rows that has too many is halved.
+
+    Arguments
+    ---------
+    audio_block, text_block : callable
+        (begin, end) -> array (end - begin, d) of about unit norm, fp16 or
+        fp32, the same for each row at every call.
+    n_audio, n_text : int
+        Number of rows of each.
+    threshold : float
+        Lowest similarity of a pair; infinity finds none and only counts.
+    tally : Tally
+        Counts, updated on the way.
+    with_report : bool
+        Whether to count all similarities too, which costs a third more.
+    audio_bs, text_bs : int
+        Rows at a time, at most 4096 on a CPU and 16384 on a GPU.
+    device : str
+        Where products are computed.
+    precision : str
+        Of the fast product: fp32, bf16, or fp16 (GPU only, where it is exact
+        for fp16 vectors but for the accumulation). auto takes fp16 on a GPU,
+        and the faster of the others, as measured, on a CPU.
+
+    Yields
+    ------
+    tuple of array
+        (audio rows int64, text rows int64, similarities float64) in order of
+        audio row, then text row. All pairs of an audio row come together.
+
+    Raises
+    ------
+    ValueError
+        An argument is out of range, or a row is not finite or its norm
+        exceeds 2.
+    """
+    kind = torch.device(device).type
+    if audio_bs < 1 or text_bs < 1:
+        raise ValueError(
+            f"Block sizes must be 1 or more: {audio_bs}, {text_bs}"
+        )
+    if np.isnan(threshold):
+        raise ValueError("The threshold is not a number")
+    tally = Tally(n_text) if tally is None else tally
+    tally.start(threshold)
+    if not n_audio or not n_text:
+        return
+    audio_bs, text_bs = (min(n, _MAX_ROWS[kind]) for n in (audio_bs, text_bs))
+    width = np.asarray(text_block(0, 1)).shape[1]
+    dtype = _fast_dtype(precision, kind, width)
+
+    def read_text(begin, end):
+        return _prepare(text_block(begin, end), begin, dtype, device, "text")
+
+    room = _CACHE_BYTES
+    if kind == "cuda":
+        room = torch.cuda.mem_get_info(device)[0] // 4
+    texts = _Blocks(read_text, n_text, text_bs, room)
+    for begin in range(0, n_audio, audio_bs):
+        vectors = audio_block(begin, min(begin + audio_bs, n_audio))
+        rows = _prepare(vectors, begin, dtype, device, "audio")
+        for pairs in _pairs_of(rows, texts, tally, with_report):
+            tally.add_pairs(*pairs)
+            yield pairs
+
+
+def keep_best(groups, others, similarities, count):
+    """Choose the best pairs of each group, the lower row first if equal.
+
+    Arguments
+    ---------
+    groups : array of int
+        (pairs,) the audio rows if captions per audio are limited, the text
+        rows if audios per caption are.
+    others : array of int
+        (pairs,) the rows of the other kind.
+    similarities : array of float
+        (pairs,).
+    count : int
+        Pairs to keep of each group.
+
+    Returns
+    -------
+    array of int
+        Indices of the pairs to keep, ascending.
+    """
+    order = np.lexsort((others, -similarities, groups))
+    ranks = np.arange(len(order))
+    first = np.diff(groups[order], prepend=-1) != 0
+    ranks -= np.maximum.accumulate(np.where(first, ranks, 0))
+    return np.sort(order[ranks < count])
+
+
+def _pairs_of(rows, texts, tally, with_report):
+    """Pairs of a block of audio rows, in several yields if they are many."""
+    seen = _Seen(np.full(len(rows.exact), -np.inf, dtype=np.float32))
+    found, candidates = [], 0
+    for block in texts:
+        product = _product(rows.fast, block.fast)
+        margin = _margin(rows, block)
+        flat = _reaching(product, tally.threshold - margin)
+        candidates += len(flat)
+        if candidates > _MAX_CANDIDATES and len(rows.exact) > 1:
+            half = len(rows.exact) // 2
+            for part in (rows.part(0, half), rows.part(half, None)):
+                yield from _pairs_of(part, texts, tally, with_report)
+            return
+        tally.margin = max(tally.margin, margin + _output_rounding(product))
+        if tally.highest < tally.threshold and not len(flat):
+            best = np.array([_argmax(product)])
+            highest = _exact_of(rows, block, best)[2].item()
+            tally.highest = max(tally.highest, highest)
+        if with_report:
+            seen.add(product, block.begin)
+        audio, text, similarities = _exact_of(rows, block, flat)
+        tally.highest = similarities.max(initial=tally.highest)
+        keep = similarities >= tally.threshold
+        found.append((audio[keep], text[keep], similarities[keep]))
+    if with_report:
+        tally.add_fast(seen)
+    audio, text, similarities = (np.concatenate(part) for part in zip(*found))
+    # Texts are in order already.
+    order = np.argsort(audio, kind="stable")
+    yield audio[order], text[order], similarities[order]
+
+
+def _prepare(vectors, begin, dtype, device, kind):
+    """Put vectors on the grid and round them to the fast format."""
+    exact = torch.as_tensor(np.asarray(vectors), device=device).float()
+    exact = exact.mul(GRID).round_().div_(GRID)
+    norm = _largest_norm(exact)
+    if not norm <= _MAX_NORM:
+        raise ValueError(
+            f"Of the {kind} rows {begin} to {begin + len(exact) - 1} one is "
+            f"not finite or its norm exceeds {_MAX_NORM:g}"
+        )
+    if dtype == torch.float32:
+        # Bits that the product may ignore are cleared, and their loss counted.
+        fast = (exact.view(torch.int32) & -(2 ** _ignored_bits())).view(dtype)
+    else:
+        fast = exact.to(dtype)
+    lost = _largest_norm(exact - fast.float())
+    half = exact.half()
+    if torch.equal(half.float(), exact):
+        exact = half
+    return _Rows(begin, exact, fast, norm, lost)
+
+
+def _largest_norm(vectors):
+    """Upper bound of the rows' norms, fp32's own rounding included."""
+    norms = torch.linalg.vector_norm(vectors, dim=1)
+    return 1.001 * norms.amax().item()
+
+
+def _ignored_bits():
+    """Last bits of a number that PyTorch may leave out of fp32 products."""
+    # SpeechBrain allows TF32 when it is imported. fp16 vectors lose nothing.
+    return {"highest": 0, "high": 13, "medium": 16}[
+        torch.get_float32_matmul_precision()
+    ]
+
+
+def _fast_dtype(precision, kind, width):
+    """The fast product's dtype."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if kind == "cuda":
+        dtypes |= {"fp16": torch.float16, "auto": torch.float16}
+    elif precision == "auto":
+        seconds = {n: _seconds(dtype, width) for n, dtype in dtypes.items()}
+        precision = min(seconds, key=seconds.get)
+    if precision not in dtypes:
+        raise ValueError(
+            f"precision={precision}: give one of auto, {', '.join(dtypes)}"
+        )
+    return dtypes[precision]
+
+
+def _seconds(dtype, width):
+    """Time of a product in this format on the CPU."""
+    matrix = torch.ones(1024, width, dtype=dtype)
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        _product(matrix, matrix)
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def _product(audio, text):
+    """(audio rows, texts); bf16 gives bf16 on a CPU, all else gives fp32."""
+    if audio.is_cuda and audio.dtype != torch.float32:
+        # Partial sums of a half-precision result might be rounded too.
+        return torch.mm(audio, text.T, out_dtype=torch.float32)
+    return audio @ text.T
+
+
+def _margin(audio, text):
+    """Largest error of the fast product before its rounding (see above)."""
+    width = audio.exact.shape[1]
+    audio_norm, text_norm = audio.norm + audio.lost, text.norm + text.lost
+    return (
+        audio.lost * text.norm
+        + audio_norm * text.lost
+        + (width + 64) * 2.0**-22 * audio_norm * text_norm
+    )
+
+
+def _output_rounding(product):
+    """Largest rounding of similarities of unit vectors in a product."""
+    return 2.0**-8 if product.dtype == torch.bfloat16 else 0.0
+
+
+def _reaching(product, limit):
+    """Flat indices of values that reach the limit, or would but for rounding.
+
+    Arguments
+    ---------
+    product : torch.Tensor
+        (audio rows, texts).
+    limit : float
+
+    Returns
+    -------
+    array of int64
+    """
+    if product.dtype == torch.bfloat16:
+        limit = _bf16_below(limit)
+        if limit > 0:
+            # Integers of positive numbers' bits have the numbers' order, those
+            # of negative numbers are negative; NumPy compares them faster.
+            limit = limit.view(torch.int16).item()
+            product = product.view(torch.int16)
+        else:
+            product, limit = product.float(), limit.item()
+    if product.is_cuda:
+        return torch.nonzero(product.view(-1) >= limit)[:, 0].cpu().numpy()
+    return np.flatnonzero(product.numpy().reshape(-1) >= limit)
+
+
+def _bf16_below(value):
+    """The largest bf16 number that does not exceed a value, as a tensor."""
+    rounded = torch.tensor(value, dtype=torch.float64).bfloat16()
+    if rounded.item() > value:
+        down = torch.tensor(-torch.inf, dtype=torch.bfloat16)
+        rounded = torch.nextafter(rounded, down)
+    return rounded
+
+
+def _argmax(product):
+    """Flat index of the highest value."""
+    if product.dtype != torch.bfloat16:
+        return product.argmax().item()
+    bits = product.view(torch.int16).numpy()
+    # Among negative numbers the lowest bits are the nearest to zero.
+    return bits.argmax() if bits.max() >= 0 else bits.argmin()
+
+
+def _exact_of(rows, block, flat):
+    """Exact similarities of candidates.
+
+    Arguments
+    ---------
+    rows, block : _Rows
+        Audio and text.
+    flat : array of int64
+        Indices into their product.
+
+    Returns
+    -------
+    tuple of array
+        Audio rows and text rows (of all), similarities.
+    """
+    audio, text = np.divmod(flat, len(block.exact))
+    similarities = np.empty(len(flat))
+    step = _PAIRS_AT_ONCE[rows.exact.device.type]
+    for begin in range(0, len(flat), step):
+        part = slice(begin, begin + step)
+        similarities[part] = _dots(
+            rows.exact, audio[part], block.exact, text[part]
+        )
+    return rows.begin + audio, block.begin + text, similarities
+
+
+def _dots(a, a_rows, b, b_rows):
+    """float64 dot products of gathered rows."""
+    if a.is_cuda:
+        a = a[torch.as_tensor(a_rows, device=a.device)].double()
+        b = b[torch.as_tensor(b_rows, device=b.device)].double()
+        return a.mul_(b).sum(dim=1).cpu().numpy()
+    # NumPy gathers faster, PyTorch converts fp16 faster.
+    a = torch.from_numpy(a.numpy()[a_rows]).double().numpy()
+    b = torch.from_numpy(b.numpy()[b_rows]).double().numpy()
+    return np.einsum("ij,ij->i", a, b)
+
+
+def _binned(values):
+    """Counts (201,) by bin; below -1 is dropped, the last is 1 and more."""
+    bins = np.searchsorted(EDGES, values, side="right") - 1
+    return np.bincount(bins[bins >= 0], minlength=len(EDGES))
+
+
+def _binned_fast(product):
+    """The same for a whole fp32 product; below -1 counts as -1."""
+    bins = product.mul(100).floor_().add_(100).clamp_(0, len(EDGES) - 1)
+    bins = bins.to(torch.uint8)
+    if bins.is_cuda:
+        counts = torch.bincount(bins.view(-1), minlength=len(EDGES))
+        return counts.cpu().numpy()
+    return _counted(bins.numpy(), len(EDGES))
+
+
+def _counted(values, size):
+    """Counts (size,) of the integers in a matrix."""
+    counts = np.zeros(size, dtype=np.int64)
+    # bincount makes int64 of all it is given.
+    for begin in range(0, len(values), 256):
+        part = values[begin : begin + 256].reshape(-1)
+        counts += np.bincount(part, minlength=size)
+    return counts
+
+
+def _at_least(counts):
+    """Numbers in this bin or a higher one."""
+    return counts[::-1].cumsum()[::-1]
+
+
+def _from_bits(bits):
+    """float32 of the bits of bf16 numbers, int16."""
+    return torch.from_numpy(bits).view(torch.bfloat16).float().numpy()
+
+
+def _at_least_of_bits(counts):
+    """Numbers that reach each edge, from counts of bf16 bit patterns.
+
+    What was rounded to one bf16 number is taken as spread evenly between the
+    middles to its neighbours, or else steps of 1/256 would show in bins of
+    1/100.
+    """
+    patterns = np.arange(2**16, dtype=np.uint16)
+    values = _from_bits(patterns.view(np.int16))
+    near = patterns[np.abs(values) <= 2 * _MAX_NORM**2]
+    order = near[np.argsort(values[near], kind="stable")]
+    values, counts = values[order].astype(np.float64), counts[order]
+    below = np.concatenate([[0], counts[:-1].cumsum()])
+    middles = np.concatenate([[values[0]], (values[1:] + values[:-1]) / 2])
+    reached = counts.sum() - np.interp(EDGES, middles, below)
+    reached[0] = counts.sum()
+    return np.rint(reached).astype(np.int64)

@@ -1,0 +1,453 @@
+"""Curate audio-caption pairs: those whose embeddings are similar enough.
+
+Domain-unspecific (DU), all captions against all audio:
+
+    python retrieve_from_emb_thresh.py \
+        hparams/curation/audioset_insper_duv2_retr.yaml \
+        --emb_dir=<output_folder>/save --audio_bs=4000 --sim_threshold=0.75
+
+Augmented domain-specific (ADS), the captions that retrieve_ds_t2t.py chose for
+a task against all audio; the task is esc, us8k or tut:
+
+    python retrieve_from_emb_thresh.py \
+        hparams/curation/esc_insper_audioset_dudsv3_retr.yaml \
+        --emb_dir=<output_folder>/save --aud_ds_path= --sim_threshold=0.7
+
+The embeddings are those of microsoft_curation_toemb.py. The pairs are exactly
+those whose similarity reaches the threshold (curation/similarity.py), in order
+of audio row, then caption row. They go to `<emb_dir>/<name>_curation.csv`
+(ID,wav_path,caption,similarity,start), and what each threshold would keep to
+`<name>_report.json` and `<name>_report.png`. --dry_run=True writes only these;
+--target_pairs=200000 takes the lowest threshold, in steps of 0.01, that keeps
+no more pairs. The method is that of arXiv 2305.01864.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import sys
+
+import numpy as np
+from tqdm import tqdm
+
+import experiment
+from curation.embeddings import check_same_weights, open_embeddings
+from curation.report import make_report, report_figure
+from curation.similarity import EDGES, Tally, keep_best, pairs_over
+from dataset.manifest import write_json
+
+logger = logging.getLogger(__name__)
+
+HEADER = "ID,wav_path,caption,similarity,start\n"
+_NEEDS_QUOTES = re.compile('[",\r\n]')
+_BUFFER_PAIRS = 2**20
+
+
+class PairSink:
+    """Counts pairs, and streams them to a CSV file.
+
+    Arguments
+    ---------
+    audio, text : curation.embeddings.Embeddings
+        Whose manifests name the rows.
+    file : file
+        Text file to write to; None only counts.
+    max_pairs : int
+        Stop before more are written; None for no limit.
+
+    Attributes
+    ----------
+    pairs, clips : int
+        Numbers so far.
+    kept : array of int
+        (text rows,) pairs of each caption.
+    """
+
+    def __init__(self, audio, text, file=None, max_pairs=None):
+        manifest = audio.manifest
+        self.paths = manifest["wav_path"].to_numpy()
+        self.starts = np.full(len(audio), np.nan)
+        if "start" in manifest:
+            self.starts = manifest["start"].to_numpy()
+        self.file, self.max_pairs = file, max_pairs
+        self.captions = (
+            [] if file is None else csv_cells(text.manifest["caption"])
+        )
+        self.pairs, self.clips = 0, 0
+        self.kept = np.zeros(len(text), dtype=np.int64)
+
+    def add(self, audio_rows, text_rows, similarities):
+        """Take all pairs of some audio rows, as `pairs_over` yields them.
+
+        Raises
+        ------
+        SystemExit
+            There are more than `max_pairs`.
+        """
+        if not len(audio_rows):
+            return
+        total = self.pairs + len(audio_rows)
+        is_new = np.diff(audio_rows, prepend=-1) != 0
+        if self.file is not None:
+            if self.max_pairs is not None and total > self.max_pairs:
+                raise SystemExit(
+                    f"More than --max_pairs={self.max_pairs} pairs by audio "
+                    f"row {audio_rows[-1]} of {len(self.paths)}: nothing is "
+                    "written. Raise --sim_threshold (--dry_run=True tells how "
+                    "many pairs each keeps), or have it chosen with "
+                    "--target_pairs, or use --max_captions_per_audio or "
+                    "--max_audios_per_caption"
+                )
+            self._write(audio_rows, text_rows, similarities, is_new)
+        self.pairs = total
+        self.clips += int(is_new.sum())
+        self.kept += np.bincount(text_rows, minlength=len(self.kept))
+
+    def _write(self, audio_rows, text_rows, similarities, is_new):
+        """Append lines; an audio row's cells are made once, not per pair."""
+        rows = audio_rows[is_new]
+        which = (is_new.cumsum() - 1).tolist()
+        paths = csv_cells(self.paths[rows])
+        starts = ["" if s != s else repr(s) for s in self.starts[rows].tolist()]
+        captions = self.captions
+        self.file.writelines(
+            f"{i},{paths[a]},{captions[t]},{s:.6f},{starts[a]}\n"
+            for i, (a, t, s) in enumerate(
+                zip(which, text_rows.tolist(), similarities.tolist()),
+                start=self.pairs,
+            )
+        )
+
+
+def csv_cells(texts):
+    """Texts as cells of a CSV file, in quotes where they need them.
+
+    Arguments
+    ---------
+    texts : iterable of str
+
+    Returns
+    -------
+    list of str
+    """
+    return [
+        '"' + text.replace('"', '""') + '"'
+        if _NEEDS_QUOTES.search(text)
+        else text
+        for text in texts
+    ]
+
+
+def limited(batches, hparams, num_texts):
+    """Apply the limits that are set, per audio first, then per caption.
+
+    Arguments
+    ---------
+    batches : iterable of tuple of array
+        Pairs as `pairs_over` yields them.
+    hparams : dict
+        `max_captions_per_audio` and `max_audios_per_caption`, or None. The
+        latter holds back all pairs to the end, in memory for at most twice as
+        many pairs as can be kept.
+    num_texts : int
+        Number of captions.
+
+    Returns
+    -------
+    iterable of tuple of array
+    """
+    per_audio = hparams["max_captions_per_audio"]
+    per_caption = hparams["max_audios_per_caption"]
+    if per_audio is not None:
+        batches = (
+            _taken(pairs, keep_best(*pairs, per_audio)) for pairs in batches
+        )
+    if per_caption is not None:
+        batches = best_per_caption(batches, per_caption, num_texts)
+    return batches
+
+
+def best_per_caption(batches, count, num_texts):
+    """The best pairs of each caption, all at once, in order.
+
+    Arguments
+    ---------
+    batches : iterable of tuple of array
+        Pairs as `pairs_over` yields them.
+    count : int
+        Pairs a caption.
+    num_texts : int
+        Number of captions.
+
+    Yields
+    ------
+    tuple of array
+    """
+    buffer, size = [], 0
+    room = max(2 * count * num_texts, _BUFFER_PAIRS)
+    for pairs in batches:
+        buffer.append(pairs)
+        size += len(pairs[0])
+        if size > room:
+            buffer = [_best_of_captions(buffer, count)]
+            size = len(buffer[0][0])
+    if buffer:
+        yield _best_of_captions(buffer, count)
+
+
+def _best_of_captions(buffer, count):
+    audio, text, similarities = _joined(buffer)
+    best = keep_best(text, audio, similarities, count)
+    return audio[best], text[best], similarities[best]
+
+
+def lowest_start(tally, target):
+    """A threshold that the one for a number of pairs cannot be below.
+
+    Arguments
+    ---------
+    tally : curation.similarity.Tally
+        Of a search that counted all similarities.
+    target : int
+        Number of pairs.
+
+    Returns
+    -------
+    float
+        One of `EDGES`, from 0 up.
+    """
+    too_many = np.flatnonzero(tally.curves()["pairs"] > target)
+    zero = np.flatnonzero(EDGES == 0)[0]
+    if not len(too_many):
+        return EDGES[zero]
+    # Pairs counted at an edge truly reach it less the margin, and so more than
+    # the target reach an edge some steps lower.
+    steps = int(np.ceil(100 * tally.margin))
+    return EDGES[max(too_many[-1] - steps + 1, zero)]
+
+
+def best_on_grid(batches, start, target):
+    """Keep the pairs over the lowest edge that no more than a target reach.
+
+    Holds twice that many pairs, and those of one batch, in memory.
+
+    Arguments
+    ---------
+    batches : iterable of tuple of array
+        All pairs that reach `start`.
+    start : float
+        The lowest edge to consider, one of `EDGES`.
+    target : int
+        Number of pairs.
+
+    Returns
+    -------
+    tuple
+        The edge, and the pairs.
+
+    Raises
+    ------
+    SystemExit
+        More pairs have a similarity of 1.
+    """
+    edges = EDGES[start <= EDGES]
+    reached = np.zeros(len(edges), dtype=np.int64)
+    kept, size, at = [_NO_PAIRS], 0, 0
+    for pairs in batches:
+        similarities = np.sort(pairs[2])
+        reached += len(similarities) - np.searchsorted(similarities, edges)
+        if reached[-1] > target:
+            raise SystemExit(
+                f"--target_pairs={target}: more pairs have a similarity of 1. "
+                "Are audio or captions listed repeatedly?"
+            )
+        at = int(np.argmax(reached <= target))
+        kept.append(_taken(pairs, pairs[2] >= edges[at]))
+        size += len(kept[-1][0])
+        if size > 2 * target:
+            kept = [_reaching(kept, edges[at])]
+            size = len(kept[0][0])
+    return float(edges[at]), _reaching(kept, edges[at])
+
+
+def _reaching(buffer, threshold):
+    pairs = _joined(buffer)
+    return _taken(pairs, pairs[2] >= threshold)
+
+
+def _joined(buffer):
+    return tuple(np.concatenate(part) for part in zip(*buffer))
+
+
+def _taken(pairs, index):
+    return tuple(part[index] for part in pairs)
+
+
+_NO_PAIRS = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
+
+
+def check_settings(hparams):
+    """Stop with a message if a flag has no sensible value.
+
+    Arguments
+    ---------
+    hparams : dict
+
+    Raises
+    ------
+    SystemExit
+        It names the flag.
+    """
+    threshold = hparams["sim_threshold"]
+    is_number = isinstance(threshold, int | float)
+    if not is_number or isinstance(threshold, bool) or abs(threshold) > 1:
+        raise SystemExit(
+            f"--sim_threshold={threshold}: give a number from -1 to 1"
+        )
+    names = ("max_captions_per_audio", "max_audios_per_caption")
+    for name in ("audio_bs", "max_pairs", "target_pairs", *names):
+        value = hparams[name]
+        if name != "audio_bs" and value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise SystemExit(f"--{name}={value}: give a whole number over 0")
+
+
+@contextlib.contextmanager
+def written_whole(path, is_wanted=True):
+    """A text file that appears at its path only when it is complete.
+
+    Arguments
+    ---------
+    path : str
+        Where it goes.
+    is_wanted : bool
+        False gives None instead of a file.
+    """
+    if not is_wanted:
+        yield None
+        return
+    partial = f"{path}.partial"
+    try:
+        # newline="": a caption's own line breaks stay as they are.
+        with open(partial, "w", encoding="utf-8", newline="") as file:
+            yield file
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(partial)
+        raise
+
+
+def retrieve(audio, text, hparams, run_opts):
+    """Search, write the pairs and the report.
+
+    Arguments
+    ---------
+    audio, text : curation.embeddings.Embeddings
+        The stores.
+    hparams, run_opts : dict
+        As `experiment.start` gives them.
+
+    Returns
+    -------
+    PairSink
+        With the numbers of what was kept.
+    """
+    tally = Tally(len(text))
+
+    def search(threshold, with_report):
+        with tqdm(
+            total=len(audio),
+            unit="clip",
+            dynamic_ncols=True,
+            disable=bool(run_opts.get("noprogressbar")),
+        ) as bar:
+
+            def audio_block(begin, end):
+                bar.update(end - begin)
+                return audio.block(begin, end)
+
+            yield from pairs_over(
+                audio_block,
+                len(audio),
+                text.block,
+                len(text),
+                threshold,
+                tally,
+                with_report,
+                hparams["audio_bs"],
+                device=run_opts["device"],
+                precision=hparams["search_precision"],
+            )
+
+    name, dry_run = hparams["curation_name"], hparams["dry_run"]
+    with_report = hparams["with_report"] or dry_run
+    threshold, target = hparams["sim_threshold"], hparams["target_pairs"]
+    if target is None:
+        batches = search(threshold, with_report)
+    else:
+        for _ in search(np.inf, True):
+            pass
+        start = lowest_start(tally, target)
+        threshold, pairs = best_on_grid(search(start, False), start, target)
+        logger.info("--target_pairs=%d: the threshold is %g", target, threshold)
+        batches = [pairs]
+    base = os.path.join(hparams["output_folder"], name)
+    path = f"{base}_curation.csv"
+    with written_whole(path, not dry_run) as file:
+        sink = PairSink(audio, text, file, hparams["max_pairs"])
+        if file is not None:
+            file.write(HEADER)
+        for pairs in limited(batches, hparams, len(text)):
+            sink.add(*pairs)
+    if with_report:
+        captions = text.manifest["caption"].tolist()
+        report = make_report(tally, len(audio), threshold, sink.kept, captions)
+        report["kept"] = {
+            "pairs": sink.pairs,
+            "clips": sink.clips,
+            "captions": int((sink.kept > 0).sum()),
+        }
+        write_json(report, f"{base}_report.json")
+        figure = report_figure(report, name)
+        figure.savefig(f"{base}_report.png", dpi=100)
+    if not sink.pairs:
+        logger.warning(
+            "No pair reaches the threshold %g: the highest similarity is %.6f",
+            threshold,
+            tally.highest,
+        )
+    logger.info(
+        "%d pairs of %d clips and %d captions at the threshold %g. See %s",
+        sink.pairs,
+        sink.clips,
+        (sink.kept > 0).sum(),
+        threshold,
+        f"{base}_report.png" if dry_run else path,
+    )
+    return sink
+
+
+def main(argv):
+    """Retrieve as the command line says."""
+    # Before the start, which needs it to place its logs.
+    if "emb_dir" not in experiment.parse_arguments(argv)[2]:
+        raise SystemExit(
+            "Name the embeddings: --emb_dir=<output_folder>/save of "
+            "microsoft_curation_toemb.py"
+        )
+    hparams, run_opts = experiment.start(argv)
+    check_settings(hparams)
+    folder = hparams["emb_dir"]
+    audio = open_embeddings(
+        folder, hparams["audio_stem"], hparams["aud_ds_path"]
+    )
+    text = open_embeddings(folder, hparams["text_stem"], hparams["txt_ds_path"])
+    check_same_weights(audio, text)
+    retrieve(audio, text, hparams, run_opts)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,352 @@
+"""Curation by threshold through its command line, on a small store."""
+
+import csv
+import itertools
+import json
+import pathlib
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+import retrieve_from_emb_thresh as script
+from curation.report import make_report, report_figure
+from curation.similarity import EDGES, Tally
+from dataset.manifest import read_pairs
+
+CURATION = pathlib.Path(__file__).parents[1] / "hparams" / "curation"
+DU = "audioset_insper_duv2"
+THRESHOLD = 0.4
+CAPTIONS = [
+    "a dog barks, twice",
+    'he says "no"',
+    "rain\nand\r\nwind",
+    "a $5 coin drops, $word",
+    "ein Glöckchen läutet 雨",
+    "",
+    " spaces around ",
+    "thunder\rhail",
+    *(f"sound number {i}" for i in range(22)),
+]
+
+
+def store(folder, stem, vectors, manifest):
+    np.save(folder / f"{stem}_embeddings.npy", vectors)
+    # pandas leaves a lone \r without quotes, and then reads a line's end.
+    path = folder / f"{stem}.csv"
+    manifest.to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)
+
+
+def random_vectors(count, seed):
+    rng = np.random.default_rng(seed)
+    vectors = rng.standard_normal((count, 16))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors.astype(np.float16)
+
+
+@pytest.fixture(scope="module")
+def audio():
+    names = ["a,b.wav", 'q"uote.wav', "$HOME.wav", "new\nline.wav", "ü 雨.wav"]
+    names += [f"{i}.wav" for i in range(45)]
+    starts = [i * 0.1 if i % 3 else np.nan for i in range(50)]
+    paths = [f"/data/{name}" for name in names]
+    return pd.DataFrame({"wav_path": paths, "start": starts})
+
+
+@pytest.fixture(scope="module")
+def naive():
+    """Similarities rounded as fp16 stores give them."""
+    stored = (random_vectors(50, 0), random_vectors(30, 5))
+    audio, text = (v.astype(np.float64) for v in stored)
+    return audio @ text.T
+
+
+@pytest.fixture
+def folder(tmp_path, audio):
+    store(tmp_path, "audio_audioset", random_vectors(50, 0), audio)
+    captions = pd.DataFrame({"ID": range(30), "caption": CAPTIONS})
+    for stem in ("text_insper", "esc_insper_t2t"):
+        store(tmp_path, stem, random_vectors(30, 5), captions)
+    return tmp_path
+
+
+@pytest.fixture
+def run(folder, monkeypatch):
+    """Runs the script; returns rows of the CSV (or None) and the report."""
+    # What takes most of the time: listing packages, and drawing.
+    monkeypatch.setattr(
+        "speechbrain.utils.logger.get_environment_description", lambda: ""
+    )
+
+    def run(yaml=DU, picture=False, **flags):
+        draw = report_figure if picture else lambda *_: Figure(figsize=(1, 1))
+        monkeypatch.setattr(script, "report_figure", draw)
+        flags = {
+            "emb_dir": folder,
+            "sim_threshold": THRESHOLD,
+            "noprogressbar": True,
+        } | flags
+        argv = [f"--{k}={v}" for k, v in flags.items() if v is not None]
+        script.main([str(CURATION / f"{yaml}_retr.yaml"), *argv])
+        path, rows = folder / f"{yaml}_curation.csv", None
+        if path.exists():
+            with open(path, encoding="utf-8", newline="") as file:
+                rows = list(csv.reader(file))
+        report = folder / f"{yaml}_report.json"
+        return rows, json.loads(report.read_text("utf-8"))
+
+    return run
+
+
+def expected_rows(pairs, naive, audio):
+    rows = [["ID", "wav_path", "caption", "similarity", "start"]]
+    for i, (a, t) in enumerate(pairs):
+        start = audio["start"][a]
+        cell = "" if np.isnan(start) else str(start)
+        value = f"{naive[a, t]:.6f}"
+        rows.append([str(i), audio["wav_path"][a], CAPTIONS[t], value, cell])
+    return rows
+
+
+def over(naive, threshold):
+    return [tuple(p) for p in np.argwhere(naive >= threshold).tolist()]
+
+
+@pytest.mark.parametrize("flags", [
+    {}, {"audio_bs": 7}, {"search_precision": "bf16"},
+    {"search_precision": "fp32", "with_report": True}, {"max_pairs": 10000},
+])  # fmt: skip
+def test_csv_holds_exactly_the_pairs(run, naive, audio, flags):
+    rows, _ = run(**flags)
+    assert rows == expected_rows(over(naive, THRESHOLD), naive, audio)
+    assert len(rows) > 60
+    cells = {cell for row in rows[1:] for cell in row}
+    assert cells >= {*CAPTIONS[:8], *audio["wav_path"][:5]}
+
+
+def test_training_reads_it(run, folder, naive, audio):
+    run()
+    pairs = read_pairs(str(folder / f"{DU}_curation.csv"), "curation_csv")
+    expected = over(naive, THRESHOLD)
+    assert pairs["caption"].tolist() == [CAPTIONS[t] for _, t in expected]
+    starts = audio["start"][[a for a, _ in expected]]
+    np.testing.assert_array_equal(pairs["start"], starts)
+
+
+@pytest.mark.parametrize("task, default", [
+    ("esc", 0.7), ("us8k", 0.7), ("tut", 0.65)
+])  # fmt: skip
+def test_ads_takes_the_captions_of_its_task(
+    run, folder, naive, audio, task, default
+):
+    if task != "esc":
+        for path in folder.glob("esc_insper*"):
+            path.rename(folder / path.name.replace("esc", task))
+    (folder / "text_insper_embeddings.npy").unlink()
+    yaml = f"{task}_insper_audioset_dudsv3"
+    rows, report = run(yaml, sim_threshold="")
+    assert report["threshold"] == default
+    assert rows == expected_rows(over(naive, default), naive, audio)
+
+
+def test_default_threshold_of_du(run, naive):
+    assert run(sim_threshold=None)[1]["threshold"] == 0.75
+
+
+def test_manifests_elsewhere(run, folder, tmp_path_factory, naive):
+    other = tmp_path_factory.mktemp("lists") / "files.txt"
+    other.write_text("".join(f"other/{i}.wav\n" for i in range(50)))
+    rows, _ = run(aud_ds_path=other)
+    expected = [f"other/{a}.wav" for a, _ in over(naive, THRESHOLD)]
+    assert [row[1] for row in rows[1:]] == expected
+    assert {row[4] for row in rows[1:]} == {""}
+
+
+def test_limits_keep_the_best(run, naive, audio, monkeypatch):
+    pairs = over(naive, 0.2)
+
+    def best(pairs, kind, count):
+        kept = []
+        for group in {p[kind] for p in pairs}:
+            members = [p for p in pairs if p[kind] == group]
+            members.sort(key=lambda p: (-naive[p], p))
+            kept += members[:count]
+        return sorted(kept)
+
+    by_audio = best(pairs, 0, 2)
+    assert len(by_audio) < len(pairs)
+    rows, _ = run(sim_threshold=0.2, max_captions_per_audio=2)
+    assert rows == expected_rows(by_audio, naive, audio)
+    # Small buffers: the best are chosen again and again.
+    monkeypatch.setattr(script, "_BUFFER_PAIRS", 1)
+    flags = {"sim_threshold": 0.2, "max_audios_per_caption": 3, "audio_bs": 4}
+    rows, report = run(**flags)
+    expected = best(pairs, 1, 3)
+    assert rows == expected_rows(expected, naive, audio)
+    assert report["kept"] == {
+        "pairs": len(expected),
+        "clips": len({a for a, _ in expected}),
+        "captions": len({t for _, t in expected}),
+    }
+    rows, _ = run(**flags, max_captions_per_audio=2)
+    assert rows == expected_rows(best(by_audio, 1, 3), naive, audio)
+
+
+def test_max_pairs_stops_and_leaves_what_was_there(run, folder, naive):
+    path = folder / f"{DU}_curation.csv"
+    run(sim_threshold=0.6)
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match="--max_pairs=20 .*--target_pairs"):
+        run(max_pairs=20, audio_bs=4)
+    assert path.read_bytes() == before
+    assert not list(folder.glob("*.partial"))
+    count = len(over(naive, THRESHOLD))
+    assert len(run(max_pairs=count)[0]) == count + 1
+    with pytest.raises(SystemExit, match="--max_pairs"):
+        run(max_pairs=count - 1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("target", [40, 93, 700, 10000])
+def test_target_pairs_takes_the_lowest_threshold(
+    run, naive, audio, target, precision
+):
+    fits = [e for e in EDGES if e >= 0 and (naive >= e).sum() <= target]
+    rows, report = run(
+        target_pairs=target, search_precision=precision, audio_bs=9
+    )
+    assert report["threshold"] == fits[0]
+    assert rows == expected_rows(over(naive, fits[0]), naive, audio)
+
+
+def test_chosen_pairs_alone_stay_in_memory(monkeypatch):
+    sizes = []
+
+    def joined(buffer, join=script._joined):
+        pairs = join(buffer)
+        sizes.append(len(pairs[0]))
+        return pairs
+
+    monkeypatch.setattr(script, "_joined", joined)
+    monkeypatch.setattr(script, "_BUFFER_PAIRS", 1)
+    rng = np.random.default_rng(0)
+    batches = [
+        (np.full(10, i), np.arange(10), rng.uniform(0.5, 1, 10))
+        for i in range(100)
+    ]
+    _, pairs = script.best_on_grid(batches, 0.5, 30)
+    assert 20 < len(pairs[0]) <= 30 and max(sizes) <= 70
+    [pairs] = script.best_per_caption(batches, 2, 10)
+    assert len(pairs[0]) == 20 and max(sizes) <= 70
+
+
+def test_target_pairs_that_copies_exceed(run, folder):
+    vectors = np.zeros((30, 16), np.float16)
+    vectors[:, 0] = 1
+    np.save(folder / "text_insper_embeddings.npy", vectors)
+    np.save(folder / "audio_audioset_embeddings.npy", vectors[[0] * 50])
+    with pytest.raises(SystemExit, match="--target_pairs=7: more pairs"):
+        run(target_pairs=7)
+
+
+def test_no_pair_is_a_result(run, naive, capsys):
+    rows, report = run(sim_threshold=0.99, search_precision="fp32")
+    assert rows == expected_rows([], naive, None)
+    # The script's own log goes to stdout.
+    printed = capsys.readouterr().out
+    assert f"the highest similarity is {naive.max():.6f}" in printed
+    assert report["highest"] == naive.max()
+    assert report["kept"] == {"pairs": 0, "clips": 0, "captions": 0}
+
+
+def test_dry_run_writes_the_report_alone(run, folder, naive):
+    rows, report = run(
+        dry_run=True, with_report=False, max_pairs=1, picture=True
+    )
+    assert rows is None
+    assert report["kept"]["pairs"] == (naive >= THRESHOLD).sum()
+    assert (folder / f"{DU}_report.png").stat().st_size > 10000
+
+
+def test_report_counts_what_each_threshold_keeps(run, naive):
+    _, report = run(search_precision="fp32")
+    curve = report["curve"]
+    assert curve["threshold"] == [k / 100 for k in range(101)]
+    reach = [naive >= e for e in curve["threshold"]]
+    assert curve["pairs"] == [r.sum() for r in reach]
+    assert curve["clips"] == [r.any(axis=1).sum() for r in reach]
+    assert curve["captions"] == [r.any(axis=0).sum() for r in reach]
+    edges = np.arange(-100, 101) / 100
+    counts = [
+        ((naive >= low) & (naive < high)).sum()
+        for low, high in itertools.pairwise(edges)
+    ]
+    assert report["histogram"]["edges"] == edges.tolist()
+    assert report["histogram"]["counts"] == counts
+    assert report["kept"]["clips"] == curve["clips"][40]
+    assert report["kept"]["captions"] == curve["captions"][40]
+    frequencies = dict(zip(CAPTIONS, (naive >= THRESHOLD).sum(axis=0)))
+    best = sorted(frequencies.items(), key=lambda item: (-item[1], item[0]))
+    assert report["frequent_captions"] == [
+        {"caption": c, "pairs": n} for c, n in best[:20]
+    ]
+
+
+def test_equal_captions_are_one_in_the_report():
+    tally = Tally(3)
+    kept = np.array([4, 0, 3])
+    report = make_report(tally, 9, 0.5, kept, ["rain", "dog", "rain"])
+    assert report["frequent_captions"] == [{"caption": "rain", "pairs": 7}]
+
+
+def test_similarities_above_1_are_in_the_last_bin():
+    tally = Tally(1)
+    tally.start(0.5)
+    tally.add_pairs(np.array([0]), np.array([0]), np.array([1.0003]))
+    report = make_report(tally, 1, 0.5, np.array([1]), ["rain"])
+    assert report["histogram"]["counts"] == [0] * 199 + [1]
+    assert report["curve"]["pairs"][100] == 1
+
+
+def test_picture_of_nothing(tmp_path):
+    report = make_report(Tally(0), 0, 0.5, np.zeros(0, int), [])
+    figure = report_figure(report, "nothing")
+    figure.savefig(tmp_path / "nothing.png")
+    assert figure.axes[2].get_title() == "No pair is kept"
+    assert report["highest"] is None
+    assert sum(report["curve"]["pairs"]) == 0
+
+
+def test_picture_shows_the_threshold_and_captions_as_they_are(run):
+    _, report = run()
+    report["frequent_captions"][7]["caption"] = "a $5 coin, a $1 coin"
+    figure = report_figure(report, "a $title$")
+    histogram, curve, captions = figure.axes
+    for axes in (histogram, curve):
+        assert axes.get_yscale() == "log"
+        marks = [line.get_xdata()[0] for line in axes.lines]
+        assert THRESHOLD in marks
+    labels = [tick.label1 for tick in captions.yaxis.get_major_ticks()]
+    assert any("$5 coin" in label.get_text() for label in labels)
+    assert not any(label.get_parse_math() for label in labels)
+
+
+def test_flags_that_make_no_sense(run):
+    with pytest.raises(SystemExit, match="Name the embeddings: --emb_dir"):
+        run(emb_dir="")
+    for name, value in {
+        "sim_threshold": "high",
+        "audio_bs": 0,
+        "max_captions_per_audio": 1.5,
+        "target_pairs": -3,
+    }.items():
+        with pytest.raises(SystemExit, match=f"--{name}={value}: give a"):
+            run(**{name: value})
+
+
+def test_stores_of_different_size_are_refused(run, folder):
+    vectors = np.eye(30, 8, dtype=np.float16)
+    np.save(folder / "text_insper_embeddings.npy", vectors)
+    with pytest.raises(ValueError, match="not of one model"):
+        run()

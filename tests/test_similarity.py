@@ -1,0 +1,342 @@
+"""The blocked search against a naive float64 product, and exact fractions."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from curation import similarity
+from curation.similarity import EDGES, Tally, keep_best, pairs_over
+
+THRESHOLD = 0.75
+BLOCKS = [(1, 64), (7, 200), (64, 33), (4000, 4096)]
+PRECISIONS = ["fp32", "bf16", "auto"]
+
+
+def unit(vectors):
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def vectors_near(threshold, n_audio=300, n_text=200, width=64):
+    """Each audio row has a similarity of about the threshold to some text."""
+    rng = np.random.default_rng(3)
+    text = unit(rng.standard_normal((n_text, width)))
+    near = text[rng.integers(0, n_text, n_audio)]
+    away = rng.standard_normal((n_audio, width))
+    away = unit(away - (away * near).sum(1, keepdims=True) * near)
+    cosine = threshold + rng.uniform(-1e-4, 1e-4, (n_audio, 1))
+    audio = cosine * near + np.sqrt(1 - cosine**2) * away
+    return audio.astype(np.float16), text.astype(np.float16)
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return vectors_near(THRESHOLD)
+
+
+@pytest.fixture(scope="module")
+def naive(vectors):
+    audio, text = (v.astype(np.float64) for v in vectors)
+    return audio @ text.T
+
+
+def search(vectors, threshold, tally=None, **kwargs):
+    audio, text = vectors
+    batches = pairs_over(
+        lambda begin, end: audio[begin:end],
+        len(audio),
+        lambda begin, end: text[begin:end],
+        len(text),
+        threshold,
+        tally,
+        **kwargs,
+    )
+    return tuple(np.concatenate(part) for part in zip(*batches))
+
+
+def assert_pairs(found, naive, threshold):
+    """Those of the naive product, in order, with its similarities."""
+    audio, text = np.nonzero(naive >= threshold)
+    np.testing.assert_array_equal(found[0], audio)
+    np.testing.assert_array_equal(found[1], text)
+    np.testing.assert_array_equal(found[2], naive[audio, text])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("audio_bs, text_bs", BLOCKS)
+def test_pairs_are_those_of_a_naive_product(
+    vectors, naive, audio_bs, text_bs, precision
+):
+    assert (np.abs(naive - THRESHOLD) < 1e-4).sum() > 100
+    found = search(
+        vectors,
+        THRESHOLD,
+        audio_bs=audio_bs,
+        text_bs=text_bs,
+        precision=precision,
+    )
+    assert 50 < len(found[0]) < 250
+    assert_pairs(found, naive, THRESHOLD)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_pair_at_the_threshold_is_kept(vectors, naive, precision):
+    rng = np.random.default_rng(0)
+    for row, column in zip(rng.integers(0, 300, 40), rng.integers(0, 200, 40)):
+        threshold = naive[row, column]
+        for limit in (threshold, np.nextafter(threshold, 2)):
+            found = search(vectors, limit, precision=precision)
+            assert_pairs(found, naive, limit)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("threshold", [-2.0, -0.2, -1e-9, 0.0, 1e-9])
+def test_low_thresholds(vectors, naive, threshold, precision):
+    found = search(vectors, threshold, precision=precision)
+    assert_pairs(found, naive, threshold)
+
+
+def test_similarities_are_exact(vectors):
+    """Not merely as good as float64: no bit is lost, in any order."""
+    audio, text = vectors
+    found = search((audio[:20], text[:5]), -1.0)
+    for row, column, value in zip(*found):
+        products = [
+            Fraction(float(a)) * Fraction(float(b))
+            for a, b in zip(audio[row], text[column])
+        ]
+        assert Fraction(float(value)) == sum(products)
+
+
+def test_fp32_vectors_are_put_on_the_grid():
+    """Their pairs do not depend on the order of additions either."""
+    audio, text = vectors_near(THRESHOLD)
+    rng = np.random.default_rng(1)
+    audio, text = (
+        unit(v + 1e-4 * rng.standard_normal(v.shape)).astype(np.float32)
+        for v in (audio, text)
+    )
+    grid = [
+        np.rint(v.astype(np.float64) * 2**24) / 2**24 for v in (audio, text)
+    ]
+    for precision in ("fp32", "bf16"):
+        found = search((audio, text), THRESHOLD, precision=precision)
+        assert_pairs(found, grid[0] @ grid[1].T, THRESHOLD)
+    shuffled = rng.permutation(audio.shape[1])
+    again = search((audio[:, shuffled], text[:, shuffled]), THRESHOLD)
+    np.testing.assert_array_equal(again[2], found[2])
+
+
+@pytest.mark.parametrize("setting, bits", [("high", 13), ("medium", 16)])
+def test_fp32_products_that_ignore_bits(vectors, setting, bits):
+    """TF32, or bf16 on a CPU, simulated by cutting the last bits off."""
+    rng = np.random.default_rng(1)
+    vectors = [
+        unit(v + 1e-4 * rng.standard_normal(v.shape)).astype(np.float32)
+        for v in vectors
+    ]
+    grid = [np.rint(v.astype(np.float64) * 2**24) / 2**24 for v in vectors]
+    naive = grid[0] @ grid[1].T
+
+    def cut(tensor):
+        return (tensor.view(torch.int32) & -(2**bits)).view(torch.float32)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                similarity, "_product", lambda a, b: cut(a) @ cut(b).T
+            )
+            for limit in np.sort(naive[naive > THRESHOLD])[:40]:
+                found = search(vectors, limit, precision="fp32")
+                assert_pairs(found, naive, limit)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_many_pairs_come_in_parts(vectors, naive, monkeypatch, precision):
+    expected, tally = Tally(200), Tally(200)
+    search(vectors, 0.1, expected, with_report=True, precision=precision)
+    monkeypatch.setattr(similarity, "_MAX_CANDIDATES", 500)
+    audio, text = vectors
+    batches = list(
+        pairs_over(
+            lambda begin, end: audio[begin:end],
+            300,
+            lambda begin, end: text[begin:end],
+            200,
+            0.1,
+            tally,
+            with_report=True,
+            text_bs=50,
+            precision=precision,
+        )
+    )
+    assert max(len(b[0]) for b in batches) <= 500
+    # Never the pairs of one audio row in two parts.
+    rows = np.concatenate([np.unique(b[0]) for b in batches])
+    assert len(rows) == len(set(rows.tolist()))
+    found = tuple(np.concatenate(part) for part in zip(*batches))
+    assert_pairs(found, naive, 0.1)
+    for name, counts in expected.curves().items():
+        np.testing.assert_array_equal(tally.curves()[name], counts)
+
+
+def test_texts_are_read_again_only_without_room(vectors, naive, monkeypatch):
+    for room, reads in ((similarity._CACHE_BYTES, 5), (0, 15)):
+        monkeypatch.setattr(similarity, "_CACHE_BYTES", room)
+        blocks = []
+
+        def text_block(begin, end, blocks=blocks):
+            blocks.append(begin)
+            return vectors[1][begin:end]
+
+        batches = pairs_over(
+            lambda begin, end: vectors[0][begin:end], 300, text_block, 200,
+            THRESHOLD, audio_bs=100, text_bs=40,
+        )  # fmt: skip
+        found = tuple(np.concatenate(part) for part in zip(*batches))
+        assert_pairs(found, naive, THRESHOLD)
+        assert len(blocks) == 1 + reads  # one row tells the width
+
+
+def naive_curves(values, edges):
+    return {
+        "pairs": [(values >= e).sum() for e in edges],
+        "clips": [(values >= e).any(axis=1).sum() for e in edges],
+        "texts": [(values >= e).any(axis=0).sum() for e in edges],
+    }
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.755, np.inf])
+def test_curves_of_fp32_are_those_of_a_naive_product(naive, vectors, threshold):
+    tally = Tally(200)
+    pairs = pairs_over(
+        lambda b, e: vectors[0][b:e], 300, lambda b, e: vectors[1][b:e], 200,
+        threshold, tally, True, 64, 33, precision="fp32",
+    )  # fmt: skip
+    assert sum(len(p[0]) for p in pairs) == (naive >= threshold).sum()
+    curves, zero = tally.curves(), 100
+    for name, counts in naive_curves(naive, EDGES).items():
+        np.testing.assert_array_equal(curves[name][zero:], counts[zero:])
+    np.testing.assert_array_equal(
+        curves["pairs"], naive_curves(naive, EDGES)["pairs"]
+    )
+    assert tally.highest == naive.max()
+
+
+def test_curves_of_bf16_keep_their_promise(naive, vectors):
+    tally = Tally(200)
+    search(vectors, 0.5, tally, with_report=True, precision="bf16")
+    curves = tally.curves()
+    assert 2**-8 < tally.margin < 0.01
+    exact = naive_curves(naive, EDGES)
+    lower = naive_curves(naive, EDGES - tally.margin)
+    upper = naive_curves(naive, EDGES + tally.margin)
+    for name, counts in curves.items():
+        np.testing.assert_array_equal(counts[150:], exact[name][150:])
+        assert (counts[100:] <= lower[name][100:]).all()
+        assert (counts[100:] >= upper[name][100:]).all()
+    assert curves["pairs"][0] == naive.size
+    # What bf16 rounds together is spread over the bins.
+    error = np.abs(curves["pairs"] - exact["pairs"])
+    assert error.max() < 0.004 * naive.size
+
+
+def test_without_a_report_only_pairs_count(naive, vectors):
+    tally = Tally(200)
+    search(vectors, 0.5, tally, precision="bf16")
+    pairs = tally.curves()["pairs"]
+    exact = naive_curves(naive, EDGES)["pairs"]
+    np.testing.assert_array_equal(pairs[150:], exact[150:])
+    assert (pairs[:150] == exact[150]).all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_highest_similarity_without_a_pair(naive, vectors, precision):
+    tally = Tally(200)
+    found = search(
+        vectors, 0.99, tally, precision=precision, audio_bs=50, text_bs=64
+    )
+    assert len(found[0]) == 0
+    assert tally.highest in naive
+    assert naive.max() - tally.margin <= tally.highest <= naive.max()
+    audio = vectors[0][:1]
+    opposite = np.concatenate([-audio, -audio / 2])
+    tally = Tally(2)
+    search((audio, opposite), 0.5, tally, precision=precision)
+    expected = (audio.astype(np.float64) @ opposite.T.astype(np.float64)).max()
+    assert tally.highest == expected
+
+
+def test_bf16_limits_are_rounded_down():
+    for value in np.random.default_rng(0).uniform(-1, 1, 50):
+        found = similarity._bf16_below(value)
+        above = torch.nextafter(found, torch.tensor(2.0).bfloat16())
+        assert found.item() <= value < above.item()
+
+
+def test_bf16_numbers_are_spread_evenly():
+    values = np.random.default_rng(0).uniform(0.3, 1, 200_000)
+    bits = torch.from_numpy(values).bfloat16().view(torch.int16).numpy()
+    counts = np.bincount(bits.view(np.uint16), minlength=2**16)
+    found = similarity._at_least_of_bits(counts)
+    middle = (EDGES > 0.31) & (EDGES < 0.99)
+    exact = np.array([(values >= e).sum() for e in EDGES[middle]])
+    # A bin holds 2857, a bf16 number up to 1116.
+    assert np.abs(found[middle] - exact).max() < 60
+
+
+def test_a_similarity_at_an_edge_reaches_it():
+    tally = Tally(1)
+    tally.start(0.5)
+    zero = np.array([0])
+    tally.add_pairs(zero, zero, np.array([0.57]))
+    for counts in tally.curves().values():
+        assert counts[157] == 1 and counts[158] == 0
+
+
+def test_keep_best_takes_the_lower_row_of_equals():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 5, 60)
+    others = rng.permutation(60)
+    values = rng.integers(0, 4, 60) / 4
+    expected = []
+    for group in range(5):
+        members = np.flatnonzero(groups == group)
+        best = sorted(members, key=lambda i: (-values[i], others[i]))
+        expected += best[:3]
+    found = keep_best(groups, others, values, 3)
+    assert found.tolist() == sorted(expected)
+    assert len(keep_best(groups[:0], others[:0], values[:0], 3)) == 0
+
+
+def test_zero_vectors_and_nothing_at_all(vectors):
+    zero = np.zeros((2, 64), np.float16)
+    assert len(search((vectors[0], zero), 0.1)[0]) == 0
+    for audio, text in ((zero[:0], zero), (zero, zero[:0])):
+        batches = pairs_over(
+            lambda b, e, a=audio: a[b:e], len(audio),
+            lambda b, e, t=text: t[b:e], len(text), 0.5,
+        )  # fmt: skip
+        assert list(batches) == []
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3.0])
+def test_vectors_of_no_bounded_norm_are_refused(vectors, value):
+    broken = vectors[1].copy()
+    broken[130, 7] = value
+    with pytest.raises(ValueError, match="text rows 100 to 199 .* finite"):
+        search((vectors[0], broken), THRESHOLD, text_bs=100)
+
+
+def test_wrong_arguments(vectors):
+    with pytest.raises(ValueError, match="precision=fp16: give one of auto"):
+        search(vectors, THRESHOLD, precision="fp16")
+    with pytest.raises(ValueError, match="Block sizes"):
+        search(vectors, THRESHOLD, audio_bs=0)
+    with pytest.raises(ValueError, match="not a number"):
+        search(vectors, np.nan)
