@@ -287,14 +287,9 @@ def train(brain):
         Fresh from its constructor.
     """
     hparams = brain.hparams
-    if hparams.lr_schedule not in ("plateau", "cosine"):
-        raise ValueError(
-            f"lr_schedule is '{hparams.lr_schedule}': give plateau or cosine"
-        )
+    check_flags(hparams)
     curated = {}
     if hparams.curation_prob:
-        if not hparams.curation_csv:
-            raise ValueError("curation_prob is above 0: give --curation_csv")
         curated = {
             "curation_csv": hparams.curation_csv,
             "data_curation_folder": hparams.data_curation_folder,
@@ -331,6 +326,23 @@ def train(brain):
     logger.info(
         "The best checkpoint is %s", find_checkpoint(hparams.save_folder)
     )
+
+
+def check_flags(hparams):
+    """Raise for flags that contradict each other; warn of unused ones."""
+    if hparams.lr_schedule not in ("plateau", "cosine"):
+        raise ValueError(
+            f"lr_schedule is '{hparams.lr_schedule}': give plateau or cosine"
+        )
+    for switch, data in (
+        ("curation_prob", "curation_csv"),
+        ("use_zs_loader", "data_zs_folder"),
+    ):
+        on, path = getattr(hparams, switch), getattr(hparams, data)
+        if on and not path:
+            raise ValueError(f"--{switch}={on} needs --{data}")
+        if path and not on:
+            logger.warning("--%s is not used while --%s=%s", data, switch, on)
 
 
 def make_train_loader(brain, manifests):
