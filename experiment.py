@@ -69,6 +69,8 @@ def start(argv):
     sb.create_experiment_directory(
         hparams["output_folder"], hparams_file, overrides
     )
+    # SpeechBrain's log file takes debug messages, of which it has thousands.
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
     if "prev_ckpt_dir" in hparams:
         logger.info(
             "To go on with this run after a stop:\n  %s",

@@ -18,6 +18,7 @@ import sys
 
 import numpy as np
 import speechbrain as sb
+import torch
 
 import experiment
 from curation.embeddings import (
@@ -222,6 +223,8 @@ def class_names(hparams):
 def main(argv):
     """Choose captions as the command line says."""
     hparams, run_opts = experiment.start(argv)
+    if torch.distributed.is_initialized():
+        raise SystemExit("This script runs in one process: without torchrun")
     for flag in ("target_csv_path", "emb_dir"):
         if not hparams[flag]:
             raise SystemExit(f"Give --{flag}")

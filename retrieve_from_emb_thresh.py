@@ -29,6 +29,7 @@ import re
 import sys
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import experiment
@@ -394,7 +395,7 @@ def retrieve(audio, text, hparams, run_opts):
         threshold, pairs = best_on_grid(search(start, False), start, target)
         logger.info("--target_pairs=%d: the threshold is %g", target, threshold)
         batches = [pairs]
-    base = os.path.join(hparams["output_folder"], name)
+    base = os.path.join(hparams["emb_dir"], name)
     path = f"{base}_curation.csv"
     with written_whole(path, not dry_run) as file:
         sink = PairSink(audio, text, file, hparams["max_pairs"])
@@ -439,6 +440,8 @@ def main(argv):
             "microsoft_curation_toemb.py"
         )
     hparams, run_opts = experiment.start(argv)
+    if torch.distributed.is_initialized():
+        raise SystemExit("This script runs in one process: without torchrun")
     check_settings(hparams)
     folder = hparams["emb_dir"]
     audio = open_embeddings(

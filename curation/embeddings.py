@@ -458,12 +458,13 @@ def read_captions(path, flag):
     Returns
     -------
     pandas.DataFrame
-        All cells as text.
+        All cells as text, whitespace of the captions normalised, rows without
+        a caption left out.
 
     Raises
     ------
     ValueError
-        It cannot be read, has no rows or no captions.
+        It cannot be read or has no captions.
     """
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -474,8 +475,16 @@ def read_captions(path, flag):
             f"--{flag}={path} lacks the column caption; its header is "
             f"{', '.join(table.columns)}"
         )
+    # As in training; a line end in a cell would not survive every reader.
+    table["caption"] = [" ".join(c.split()) for c in table["caption"]]
+    empty = table["caption"] == ""
+    if empty.any():
+        logger.warning(
+            "%d captions in %s are empty: left out", empty.sum(), path
+        )
+        table = table[~empty].reset_index(drop=True)
     if table.empty:
-        raise ValueError(f"--{flag}={path} has no rows")
+        raise ValueError(f"--{flag}={path} has no captions")
     columns = [c for c in ("ID", "wav_path", "caption") if c in table]
     return table[columns]
 

@@ -1,6 +1,8 @@
 """Small audio files, models and text folders that tests share."""
 
+import logging
 import os
+import sys
 
 import numpy as np
 import pandas as pd
@@ -52,6 +54,17 @@ def write_esc_layout(folder):
     pd.DataFrame({"label": list(PITCHES)}).to_csv(
         folder / "labels.csv", index=False
     )
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    """A script's main, run in this process, sets up logs for its own."""
+    root = logging.getLogger()
+    level, handlers, hook = root.level, root.handlers[:], sys.excepthook
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
+    sys.excepthook = hook
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,8 @@ def world(tmp_path_factory, clap):
     (folder / names[9]).unlink()
     lines = [*names, "", names[3]]
     (folder / "list.txt").write_text("\n".join(lines) + "\n")
-    pd.DataFrame({"ID": list("abcde"), "caption": CAPTIONS}).to_csv(
+    rows = [f" {c}\n" for c in CAPTIONS]
+    pd.DataFrame({"ID": list("abcdef"), "caption": [*rows, " "]}).to_csv(
         folder / "captions.csv", index=False
     )
     AtomicCheckpointer(folder / "weights", {"clap": clap}).save_checkpoint()
