@@ -79,6 +79,17 @@ def start(argv):
     return hparams, run_opts
 
 
+def finish():
+    """The last step of a script that torchrun may have started.
+
+    The processes leave together: one that exits while others still talk to
+    it can bring them down after all the work is done.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def parse_arguments(argv):
     """Read a command line, stricter and more forgiving than SpeechBrain's.
 

@@ -445,6 +445,7 @@ def main(argv):
         checkpointer=hparams["checkpointer"],
     )
     train(brain)
+    experiment.finish()
 
 
 if __name__ == "__main__":

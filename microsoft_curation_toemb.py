@@ -258,6 +258,7 @@ def main(argv):
         )
     if hparams["audio_pathfile"]:
         brain.dump_audio(read_audio_list(hparams["audio_pathfile"]))
+    experiment.finish()
 
 
 if __name__ == "__main__":

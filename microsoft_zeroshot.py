@@ -252,6 +252,7 @@ def main(argv):
         pin_memory=brain.device_type == "cuda",
     )
     brain.evaluate(loader)
+    experiment.finish()
 
 
 if __name__ == "__main__":

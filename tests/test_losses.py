@@ -140,6 +140,8 @@ def worker(rank, world_size, folder):
     if rank == 0:
         result = gradients(model.module), loss.detach() / world_size
         torch.save(result, f"{folder}/result")
+    # Gloo may abort a process whose peer leaves while it still takes part.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
