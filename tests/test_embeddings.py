@@ -24,7 +24,13 @@ from models.weights import AtomicCheckpointer
 ROOT = pathlib.Path(__file__).parents[1]
 NETWORK = {"sample_rate": 16000, "duration": 1, "fmax": 8000, "width": 2,
            "d_proj": 8}  # fmt: skip
-CAPTIONS = ["rain falls", 'a dog, "barks"', "$HOME é", "rain falls", "hum"]
+CAPTIONS = [
+    "rain falls",
+    'a dog, "barks"',
+    "$HOME é",
+    "rain falls",
+    " ".join(["hum"] * 2500),
+]
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +234,7 @@ def test_wrong_input(embed, world, changes, message):
 def test_stores_that_do_not_belong_together(embed):
     save = embed()
     manifest = save / "text_insper.csv"
-    manifest.write_text(manifest.read_text().replace("hum", "him"))
+    manifest.write_text(manifest.read_text().replace("rain", "ruin"))
     with pytest.raises(ValueError, match="was changed after"):
         open_embeddings(save, "text_insper")
     manifest.write_text("".join(manifest.read_text().splitlines(True)[:-1]))
