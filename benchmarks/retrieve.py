@@ -22,6 +22,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from curation.embeddings import write_store
+
 HPARAMS = "hparams/curation/audioset_insper_duv2_retr.yaml"
 SIZE = 1024
 CLUSTERS = 2000
@@ -37,21 +39,21 @@ def make_stores(folder, n_audio, n_text):
     """
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((CLUSTERS, SIZE), dtype=np.float32)
+    names = [f"/data/audio/{i}.wav" for i in range(n_audio)]
+    captions = [f"a sound of kind {i}, in words" for i in range(n_text)]
+    manifests = {
+        "audio_audioset": pd.DataFrame({"wav_path": names, "start": 0.0}),
+        "text_insper": pd.DataFrame({"caption": captions}),
+    }
     rows = {}
-    for stem, count in (("audio_audioset", n_audio), ("text_insper", n_text)):
+    for stem, manifest in manifests.items():
+        count = len(manifest)
         x = centres[rng.integers(CLUSTERS, size=count)]
         x += rng.standard_normal((count, SIZE), dtype=np.float32) * 0.6
         x /= np.linalg.norm(x, axis=1, keepdims=True)
         rows[stem] = x.astype(np.float16)
-        np.save(f"{folder}/{stem}_embeddings.npy", rows[stem])
-    names = [f"/data/audio/{i}.wav" for i in range(n_audio)]
-    pd.DataFrame({"wav_path": names, "start": 0.0}).to_csv(
-        f"{folder}/audio_audioset.csv", index=False
-    )
-    captions = [f"a sound of kind {i}, in words" for i in range(n_text)]
-    pd.DataFrame({"caption": captions}).to_csv(
-        f"{folder}/text_insper.csv", index=False
-    )
+        settings = {"weights": "none", "size": SIZE}
+        write_store(f"{folder}/{stem}", [rows[stem]], manifest, settings, {})
     some = rows["audio_audioset"][:500].astype(np.float32)
     sample = some @ rows["text_insper"].astype(np.float32).T
     return float(np.quantile(sample, 1 - 1 / 8000))
