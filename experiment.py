@@ -79,6 +79,21 @@ def start(argv):
     return hparams, run_opts
 
 
+def require_weights(hparams):
+    """Stop a script that would otherwise run an untrained model.
+
+    Raises
+    ------
+    SystemExit
+        No flag names weights.
+    """
+    if not (hparams["clap_ckpt_path"] or hparams["ssl_checkpoints_dir"]):
+        raise SystemExit(
+            "Name the weights to use: --clap_ckpt_path=FILE or "
+            "--ssl_checkpoints_dir=<run>/save"
+        )
+
+
 def finish():
     """The last step of a script that torchrun may have started.
 

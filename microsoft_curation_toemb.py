@@ -241,11 +241,7 @@ def main(argv):
     hparams, run_opts = experiment.start(argv)
     if not (hparams["audio_pathfile"] or hparams["text_pathfile"]):
         raise SystemExit("Give --audio_pathfile, --text_pathfile or both")
-    if not (hparams["clap_ckpt_path"] or hparams["ssl_checkpoints_dir"]):
-        raise SystemExit(
-            "Name the weights to embed with: --clap_ckpt_path=FILE or "
-            "--ssl_checkpoints_dir=<run>/save"
-        )
+    experiment.require_weights(hparams)
     brain = EmbeddingBrain(
         modules={"clap": hparams["clap"]}, hparams=hparams, run_opts=run_opts
     )

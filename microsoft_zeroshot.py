@@ -231,11 +231,7 @@ def confusion_figure(truth, guesses, names, accuracy):
 def main(argv):
     """Evaluate as the command line says."""
     hparams, run_opts = experiment.start(argv)
-    if not (hparams["clap_ckpt_path"] or hparams["ssl_checkpoints_dir"]):
-        raise SystemExit(
-            "Name the weights to evaluate: --clap_ckpt_path=FILE or "
-            "--ssl_checkpoints_dir=<run>/save"
-        )
+    experiment.require_weights(hparams)
     brain = ZeroShotBrain(
         modules={"clap": hparams["clap"]}, hparams=hparams, run_opts=run_opts
     )

@@ -228,11 +228,7 @@ def main(argv):
     for flag in ("target_csv_path", "emb_dir"):
         if not hparams[flag]:
             raise SystemExit(f"Give --{flag}")
-    if not (hparams["clap_ckpt_path"] or hparams["ssl_checkpoints_dir"]):
-        raise SystemExit(
-            "Name the weights of the embedding run: --clap_ckpt_path=FILE or "
-            "--ssl_checkpoints_dir=<run>/save"
-        )
+    experiment.require_weights(hparams)
     labels, texts = class_names(hparams)
     table = read_captions(hparams["target_csv_path"], "target_csv_path")
     brain = CaptionBrain(

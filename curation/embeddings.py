@@ -23,7 +23,7 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 # What becomes of an item: not embedded yet, embedded, or left out.
-TODO, DONE, SKIPPED = 0, 1, 2
+WAITING, DONE, SKIPPED = 0, 1, 2
 _COPY_ROWS = 65536
 
 
@@ -303,7 +303,7 @@ class EmbeddingWriter:
         if torch.distributed.is_initialized():
             rank = torch.distributed.get_rank()
             batches = batches[rank :: torch.distributed.get_world_size()]
-        pending = [b for b in batches if (self.fate[b] == TODO).any()]
+        pending = [b for b in batches if (self.fate[b] == WAITING).any()]
         total, left = (sum(map(len, b)) for b in (batches, pending))
         bar = tqdm(
             total=total,

@@ -17,6 +17,13 @@ torch.set_num_threads(1)
 # Nothing is looked up on a hub: a test must pass without a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+NETWORK = {
+    "sample_rate": 16000,
+    "duration": 1,
+    "fmax": 8000,
+    "width": 2,
+    "d_proj": 8,
+}
 CAPTION = "this is a sound of dog rain siren hum click barks falls wails"
 
 
@@ -77,19 +84,22 @@ def text_model(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture
-def tiny_clap(text_model):
+def make_clap(text_model):
     """A CLAP model of a few thousand parameters, in eval mode."""
     from models.clap import CLAP
 
     torch.manual_seed(0)
-    model = CLAP(
-        text_model=text_model,
-        text_pretrained=False,
-        sample_rate=16000,
-        duration=1,
-        fmax=8000,
-        width=2,
-        d_proj=8,
-    )
+    model = CLAP(text_model=text_model, text_pretrained=False, **NETWORK)
     return model.eval()
+
+
+@pytest.fixture
+def tiny_clap(text_model):
+    """A model that the test may change."""
+    return make_clap(text_model)
+
+
+@pytest.fixture(scope="module")
+def clap(text_model):
+    """A model that many tests share."""
+    return make_clap(text_model)

@@ -11,19 +11,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import write_noise
+from conftest import NETWORK, write_noise
 
 import microsoft_curation_toemb
 import retrieve_ds_t2t
 from curation.embeddings import check_same_weights, open_embeddings
 from dataset.audio import AudioReader
 from dataset.text import CaptionTokenizer
-from models.clap import CLAP
 from models.weights import AtomicCheckpointer
 
 ROOT = pathlib.Path(__file__).parents[1]
-NETWORK = {"sample_rate": 16000, "duration": 1, "fmax": 8000, "width": 2,
-           "d_proj": 8}  # fmt: skip
 CAPTIONS = [
     "rain falls",
     'a dog, "barks"',
@@ -31,13 +28,6 @@ CAPTIONS = [
     "rain falls",
     " ".join(["hum"] * 2500),
 ]
-
-
-@pytest.fixture(scope="module")
-def clap(text_model):
-    torch.manual_seed(0)
-    model = CLAP(text_model=text_model, text_pretrained=False, **NETWORK)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

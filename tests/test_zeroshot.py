@@ -9,25 +9,15 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from conftest import PITCHES, write_esc_layout, write_tone
+from conftest import NETWORK, PITCHES, write_esc_layout, write_tone
 
 import microsoft_zeroshot
 from dataset.text import CaptionTokenizer
-from models.clap import CLAP
 from models.weights import AtomicCheckpointer, export_microsoft
 from models.zeroshot import bootstrap_interval, class_embeddings, prompted
 
 ROOT = pathlib.Path(__file__).parents[1]
-NETWORK = {"sample_rate": 16000, "duration": 1, "fmax": 8000, "width": 2,
-           "d_proj": 8}  # fmt: skip
 PROMPT = "this is a sound of "
-
-
-@pytest.fixture(scope="module")
-def clap(text_model):
-    torch.manual_seed(0)
-    model = CLAP(text_model=text_model, text_pretrained=False, **NETWORK)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
