@@ -8,10 +8,12 @@ YAML file. Every flag may be given, left out, or left empty (`--key=` or
 `--key=null`), which is the same as left out.
 
 A YAML file whose first key is `base: other.yaml` is that file with other
-defaults; flags override both. (HyperPyYAML includes files as values of keys,
-but does not inherit a whole one.)
+defaults, and with the keys under `adds` besides; flags override both.
+(HyperPyYAML includes files as values of keys, but does not inherit a whole
+one.)
 """
 
+import copy
 import ctypes
 import difflib
 import logging
@@ -65,7 +67,13 @@ def start(argv):
     ddp_init_group(RunOptions.from_dictionary(run_opts))
     same_command = name_output_folder(hparams_file, overrides)
     with open(hparams_file, encoding="utf-8") as file:
-        hparams = load_hyperpyyaml(file, overrides)
+        hparams = load_hyperpyyaml(
+            file,
+            # A copy, in which the references of added keys are resolved.
+            copy.deepcopy(overrides),
+            # Keys are checked by now, and files may add some.
+            overrides_must_match=False,
+        )
     sb.create_experiment_directory(
         hparams["output_folder"], hparams_file, overrides
     )
@@ -131,16 +139,8 @@ def parse_arguments(argv):
         raise SystemExit(
             f"usage: python {sys.argv[0]} hparams.yaml [--key=value ...]"
         )
-    hparams_file, tokens = argv[0], argv[1:]
-    if not os.path.isfile(hparams_file):
-        raise SystemExit(f"There is no hyperparameter file {hparams_file}")
-    defaults, inherited = _top_level(hparams_file), {}
-    if "base" in defaults:
-        inherited = defaults
-        folder = os.path.dirname(hparams_file)
-        hparams_file = os.path.join(folder, inherited.pop("base"))
-        defaults = _top_level(hparams_file)
-        recursive_update(defaults, inherited, must_match=True)
+    (hparams_file, inherited), tokens = _read_hparams(argv[0]), argv[1:]
+    defaults = _top_level(hparams_file, inherited)
     options = RunOptions().as_dict()
     known = sorted(defaults.keys() | options.keys())
     run_opts, overrides = {}, {}
@@ -156,7 +156,7 @@ def parse_arguments(argv):
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             raise SystemExit(
-                f"--{key} is neither a key of {hparams_file} nor an option "
+                f"--{key} is neither a key of {argv[0]} nor an option "
                 + (f"(did you mean --{close[0]}?)" if close else "")
             )
         if key in run_opts or key in overrides:
@@ -175,7 +175,7 @@ def parse_arguments(argv):
     overrides = inherited
     for key, value in overrides.items():
         is_input = key.endswith(_INPUT_SUFFIXES) and key not in _OUTPUTS
-        if is_input and not os.path.exists(str(value)):
+        if is_input and value and not os.path.exists(str(value)):
             raise SystemExit(f"--{key}={value} does not exist")
     # SpeechBrain takes one of the two; the YAML files set minutes.
     if overrides.get("ckpt_interval_steps"):
@@ -323,10 +323,41 @@ def keep_freed_memory():
     mallopt(top_pad, 2**28)
 
 
-def _top_level(hparams_file):
+def _read_hparams(path):
+    """A YAML file as the one at the root of its bases, and changes to that.
+
+    Returns
+    -------
+    tuple
+        Path of a file without a base, and dict of overrides.
+
+    Raises
+    ------
+    SystemExit
+        There is no such file, or it changes keys that its base has not.
+    """
+    if not os.path.isfile(path):
+        raise SystemExit(f"There is no hyperparameter file {path}")
+    with open(path, encoding="utf-8") as file:
+        own = ruamel.yaml.YAML().load(file)
+    if "base" not in own:
+        return path, {}
+    base = os.path.join(os.path.dirname(path), own.pop("base"))
+    root, changes = _read_hparams(base)
+    added = own.pop("adds", {})
+    for key in own.keys() - _top_level(root, changes).keys():
+        raise SystemExit(
+            f"{path}: {base} has no key {key} to change; new ones go under adds"
+        )
+    recursive_update(changes, own)
+    return root, changes | dict(added)
+
+
+def _top_level(hparams_file, changes=None):
     """Keys of a YAML file with their raw defaults, nothing being built."""
     with open(hparams_file, encoding="utf-8") as file:
-        return ruamel.yaml.YAML().load(resolve_references(file))
+        changes = copy.deepcopy(changes)
+        return ruamel.yaml.YAML().load(resolve_references(file, changes))
 
 
 def _parse_value(text):

@@ -59,14 +59,14 @@ class CLAPBrain(sb.Brain):
     def compute_forward(self, batch, stage):
         """PairBatch -> audio and text embeddings (batch, d), scale."""
         self.note_unreadable(batch)
-        batch = batch.to(self.device)
+        batch.to(self.device)
         return self.modules.clap(batch.wavs, batch.tokens)
 
     def compute_objectives(self, predictions, batch, stage):
         """Contrastive loss; in training, negatives come from all processes."""
         audio, text, scale = predictions
         gather = gather_with_gradient if stage == sb.Stage.TRAIN else _itself
-        audio_targets, text_targets = self.targets(batch, gather)
+        audio_targets, text_targets = self.targets(batch, stage, gather)
         return contrastive_loss(
             audio,
             text,
@@ -78,13 +78,15 @@ class CLAPBrain(sb.Brain):
             text_targets,
         )
 
-    def targets(self, batch, gather):
+    def targets(self, batch, stage, gather):
         """What the similarities should be.
 
         Arguments
         ---------
         batch : dataset.pipelines.PairBatch
-            This process's pairs.
+            This process's pairs, on the device.
+        stage : speechbrain.Stage
+            Training or validation.
         gather : callable
             From this process's rows to those of all processes.
 
@@ -94,10 +96,11 @@ class CLAPBrain(sb.Brain):
             Distributions over texts for each audio, and over audios for each
             text; (batch, gathered batch) each.
         """
-        clip_ids = batch.clip_ids.to(self.device)
-        caption_ids = batch.caption_ids.to(self.device)
         targets = contrastive_targets(
-            clip_ids, caption_ids, gather(clip_ids), gather(caption_ids)
+            batch.clip_ids,
+            batch.caption_ids,
+            gather(batch.clip_ids),
+            gather(batch.caption_ids),
         )
         return targets, targets
 
@@ -288,6 +291,8 @@ def train(brain):
     """
     hparams = brain.hparams
     check_flags(hparams)
+    if brain.checkpointer.find_checkpoint() is None:
+        hparams.load_weights()
     curated = {}
     if hparams.curation_prob:
         curated = {
@@ -295,8 +300,6 @@ def train(brain):
             "data_curation_folder": hparams.data_curation_folder,
         }
     run_on_main(hparams.prepare_captions, kwargs=curated)
-    if brain.checkpointer.find_checkpoint() is None:
-        hparams.load_weights()
     names = ["train_raw", *(["curated_raw"] if curated else []), "valid_raw"]
     manifests = [
         read_pairs(os.path.join(hparams.save_folder, f"{name}.csv"), name)

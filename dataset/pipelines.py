@@ -30,21 +30,19 @@ class PairBatch:
     unreadable: dict = field(default_factory=dict)
 
     def to(self, device):
-        """The batch with its tensors on a device."""
+        """Move the tensors to a device; returns the batch itself."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self):
-        """The batch in pinned memory; the loader calls it."""
+        """Move the tensors to pinned memory; the loader calls it."""
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function):
-        return PairBatch(
-            wavs=function(self.wavs),
-            tokens={k: function(v) for k, v in self.tokens.items()},
-            clip_ids=function(self.clip_ids),
-            caption_ids=function(self.caption_ids),
-            unreadable=self.unreadable,
-        )
+        self.wavs = function(self.wavs)
+        self.tokens = {k: function(v) for k, v in self.tokens.items()}
+        self.clip_ids = function(self.clip_ids)
+        self.caption_ids = function(self.caption_ids)
+        return self
 
 
 class PairDataset(Dataset):

@@ -51,6 +51,35 @@ def contrastive_targets(clip_ids, caption_ids, all_clip_ids, all_caption_ids):
     return match / match.sum(dim=1, keepdim=True)
 
 
+def soft_targets(hard, own, others, beta, tau):
+    """Target distributions that follow a teacher's similarities in part.
+
+    (1 - beta) hard + beta softmax(own others^T / tau). After arXiv
+    2305.01864; the softmax makes distributions of the similarities, which may
+    be negative, and whose sum would grow with the batch.
+
+    Arguments
+    ---------
+    hard : torch.Tensor
+        (rows, columns) target distributions of the pairs.
+    own, others : torch.Tensor
+        (rows, d) and (columns, d) the teacher's unit-norm embeddings of the
+        same kind: audio and audio, or text and text.
+    beta : float
+        Share of the teacher, from 0 to 1.
+    tau : float
+        Temperature of the teacher's similarities, over 0.
+
+    Returns
+    -------
+    torch.Tensor
+        (rows, columns) fp32; rows sum to 1.
+    """
+    with torch.autocast(own.device.type, enabled=False):
+        teacher = F.softmax(own.float() @ others.float().T / tau, dim=1)
+        return (1 - beta) * hard + beta * teacher
+
+
 def contrastive_loss(
     audio, text, all_audio, all_text, scale, audio_targets, text_targets
 ):

@@ -156,10 +156,10 @@ def find_checkpoint(folder, which=None):
     FileNotFoundError
         There is no such folder, no checkpoint in it, or no model in that.
     """
-    named = f"ssl_checkpoints_dir={folder}"
+    named = f"The checkpoint folder {folder}"
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{named} is not a folder")
+        raise FileNotFoundError(f"{named} does not exist")
     if (folder / METAFNAME).exists():
         folder, which = folder.parent, folder.name
     elif (folder / "save").is_dir():

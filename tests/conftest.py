@@ -2,13 +2,18 @@
 
 import logging
 import os
+import pathlib
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import soundfile
 import torch
+import yaml
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Networks this small gain nothing from threads, and tests run side by side.
@@ -17,6 +22,7 @@ torch.set_num_threads(1)
 # Nothing is looked up on a hub: a test must pass without a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+ROOT = pathlib.Path(__file__).parents[1]
 NETWORK = {
     "sample_rate": 16000,
     "duration": 1,
@@ -103,3 +109,95 @@ def tiny_clap(text_model):
 def clap(text_model):
     """A model that many tests share."""
     return make_clap(text_model)
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory):
+    """24 clips of three kinds with two captions each, as CSV."""
+    folder = tmp_path_factory.mktemp("tones")
+    # Whatever a name or a caption may hold.
+    odd = "$HOME, 'é\" {x}\n"
+    rows = []
+    for i in range(24):
+        name, path = list(PITCHES)[i % 3], f"{odd}{i}.wav"
+        write_tone(folder / path, PITCHES[name], seed=i)
+        rows += [(path, f"{word} {name}{odd}") for word in ("a", "sound of")]
+    frame = pd.DataFrame(rows, columns=["wav_path", "caption"])
+    from dataset.manifest import write_csv
+
+    write_csv(frame, folder / "pairs.csv")
+    write_csv(frame.assign(start="0.1")[::-1], folder / "curated.csv")
+    return folder
+
+
+@pytest.fixture
+def flags(tones, text_model, tmp_path):
+    """Flags that train a tiny model in a second or two."""
+    return {
+        "train_csv_path": f"{tones}/pairs.csv",
+        "text_model": text_model,
+        "clap": "{text_pretrained: False, sample_rate: 16000, duration: 1,"
+        " fmax: 8000, width: 2, d_proj: 8}",
+        "output_folder": f"{tmp_path}/run",
+        "valid_pct": 0.25,
+        "batch_size": 4,
+        "number_of_epochs": 2,
+        "num_workers": 0,
+        "noprogressbar": True,
+    }
+
+
+def history(folder):
+    return pd.read_csv(pathlib.Path(folder) / "train_history.csv")
+
+
+def final_state(folder):
+    from models.weights import find_checkpoint
+
+    path = find_checkpoint(pathlib.Path(folder) / "save", "latest")
+    return torch.load(path, weights_only=True)
+
+
+def check_resume(script, whole, killed, tmp_path):
+    """A run that SIGKILL ends within an epoch goes on as if it had not.
+
+    Arguments
+    ---------
+    script : str
+        Training script.
+    whole, killed : list of str
+        The same command line, for the folders `whole` and `killed`.
+    tmp_path : pathlib.Path
+        Where these are.
+    """
+
+    def run(argv):
+        return subprocess.Popen(
+            [sys.executable, script, *argv],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    assert run(whole).wait() == 0
+    process = run(killed)
+    save = tmp_path / "killed" / "save"
+    while not list(save.glob("CKPT+*/CKPT.yaml")):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "train_history.csv").exists()
+    [meta] = save.glob("CKPT+*/CKPT.yaml")
+    assert not yaml.safe_load(meta.read_text())["end-of-epoch"]
+
+    assert run(killed).wait() == 0
+    figures = [c for c in history(tmp_path / "whole") if "second" not in c]
+    pd.testing.assert_frame_equal(
+        history(tmp_path / "killed")[figures],
+        history(tmp_path / "whole")[figures],
+        check_exact=True,
+    )
+    states = [final_state(tmp_path / name) for name in ("whole", "killed")]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])

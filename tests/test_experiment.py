@@ -4,6 +4,7 @@ import shlex
 
 import pytest
 import torch
+from hyperpyyaml import load_hyperpyyaml
 
 import experiment
 
@@ -127,6 +128,32 @@ def test_base(yaml_file, tmp_path):
         "network": {"width": 4, "depth": 1},
         "base_lr": 1,
     }
+
+
+def test_base_of_a_base_and_added_keys(yaml_file, tmp_path):
+    (tmp_path / "b.yaml").write_text(
+        "base: h.yaml\nbatch_size: 8\nadds:\n"
+        "    beta: 0.3\n    half: !ref <batch_size> / 2\n"
+        "    other: !include:part.yaml\n        depth: !ref <batch_size>\n"
+    )
+    (tmp_path / "part.yaml").write_text("width: 1\ndepth: 2\n")
+    (tmp_path / "c.yaml").write_text("base: b.yaml\nbeta: 0.5\n")
+    for flags, size in (([], 8), (["--batch_size=20"], 20)):
+        root, _, overrides = experiment.parse_arguments(["c.yaml", *flags])
+        with open(root) as file:
+            hparams = load_hyperpyyaml(
+                file, overrides, overrides_must_match=False
+            )
+        assert (hparams["beta"], hparams["half"]) == (0.5, size / 2)
+        assert hparams["other"] == {"width": 1, "depth": size}
+    with pytest.raises(SystemExit, match="did you mean --beta"):
+        experiment.parse_arguments(["c.yaml", "--betta=1"])
+
+
+def test_a_key_that_the_base_has_not(yaml_file, tmp_path):
+    (tmp_path / "c.yaml").write_text("base: h.yaml\nbatchsize: 8\n")
+    with pytest.raises(SystemExit, match=r"c\.yaml.*h\.yaml.*batchsize"):
+        experiment.parse_arguments(["c.yaml"])
 
 
 def test_steps_replace_minutes_between_checkpoints(yaml_file):

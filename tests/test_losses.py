@@ -9,6 +9,7 @@ from models.losses import (
     contrastive_loss,
     contrastive_targets,
     gather_with_gradient,
+    soft_targets,
 )
 
 
@@ -154,3 +155,83 @@ def test_two_processes_give_the_gradients_of_the_joined_batch(tmp_path):
     torch.testing.assert_close(loss, expected.detach())
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+# ---- Soft targets ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 300])
+@pytest.mark.parametrize("beta", [0, 0.3, 1])
+@pytest.mark.parametrize("tau", [1e-4, 0.1, 10])
+def test_soft_targets_are_distributions(rows, beta, tau):
+    """Also for opposite, equal and zero embeddings."""
+    own = embeddings(rows, rows)
+    own[: rows // 3] = -own[-1]
+    own[rows // 2] = 0
+    hard = torch.eye(rows)
+    targets = soft_targets(hard, own.float(), own.float(), beta, tau)
+    assert (targets >= 0).all()
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(rows))
+    loss = contrastive_loss(
+        *(own.float(), own.float(), own.float(), own.float()),
+        *(torch.tensor(100.0), targets, targets),
+    )
+    assert torch.isfinite(loss)
+
+
+def test_soft_targets_at_both_ends():
+    own, hard = embeddings(5, 0), torch.eye(5)[[1, 0, 2, 3, 4]]
+    assert torch.equal(soft_targets(hard, own, own, 0, 0.1), hard)
+    # Towards nothing, the temperature leaves each row its nearest: itself.
+    cold = soft_targets(hard, own, own, 1, 1e-3)
+    torch.testing.assert_close(cold, torch.eye(5))
+    hot = soft_targets(hard, own, own, 1, 1e6)
+    torch.testing.assert_close(hot, torch.full((5, 5), 0.2))
+
+
+def test_soft_targets_in_closed_form():
+    own = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    e = torch.tensor(0.4 / 0.2).exp()
+    self_share, other_share = e / (e + 1), 1 / (e + 1)
+    expected = 0.75 * torch.eye(2) + 0.25 * torch.stack(
+        [
+            torch.stack([self_share, other_share]),
+            torch.stack([other_share, self_share]),
+        ]
+    )
+    targets = soft_targets(torch.eye(2), own, own, 0.25, 0.2)
+    torch.testing.assert_close(targets, expected)
+
+
+def test_captions_of_a_clip_share_its_soft_target():
+    """The teacher's part too: it hears the same sound twice."""
+    own = embeddings(3, 0)[[0, 0, 1, 2]]
+    ids = torch.tensor([0, 0, 1, 2])
+    hard = contrastive_targets(ids, torch.arange(4), ids, torch.arange(4))
+    targets = soft_targets(hard, own, own, 0.3, 0.1)
+    torch.testing.assert_close(targets[0], targets[1])
+    torch.testing.assert_close(targets[0, 0], targets[0, 1])
+
+
+def test_gradients_with_soft_targets():
+    own, others = embeddings(3, 2), embeddings(4, 3)
+    targets = soft_targets(torch.eye(4)[:3], own, others, 0.3, 0.1).double()
+    inputs = [
+        embeddings(rows, seed).requires_grad_()
+        for seed, rows in enumerate((3, 3, 4, 4))
+    ]
+    scale = torch.tensor(3.0, dtype=torch.double, requires_grad=True)
+    torch.autograd.gradcheck(
+        lambda a, t, aa, tt, s: contrastive_loss(
+            a, t, aa, tt, s, targets, targets
+        ),
+        (*inputs, scale),
+    )
+
+
+def test_soft_targets_under_autocast_are_those_without():
+    own = embeddings(6, 0).float()
+    expected = soft_targets(torch.eye(6), own, own, 0.3, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = soft_targets(torch.eye(6), own, own, 0.3, 0.1)
+    assert torch.equal(low, expected)

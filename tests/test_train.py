@@ -1,58 +1,27 @@
 """Training by the real command line, on tones with captions."""
 
-import pathlib
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import PITCHES, write_esc_layout, write_noise, write_tone
+from conftest import (
+    ROOT,
+    check_resume,
+    final_state,
+    history,
+    write_esc_layout,
+    write_noise,
+)
 
 import microsoft_clap_train
 from dataset.manifest import write_csv
 from models.weights import find_checkpoint
 
-ROOT = pathlib.Path(__file__).parents[1]
 HPARAMS = str(ROOT / "hparams/insper/microsoft_clap_train.yaml")
-
-
-@pytest.fixture(scope="module")
-def tones(tmp_path_factory):
-    """24 clips of three kinds with two captions each, as CSV."""
-    folder = tmp_path_factory.mktemp("tones")
-    # Whatever a name or a caption may hold.
-    odd = "$HOME, 'é\" {x}\n"
-    rows = []
-    for i in range(24):
-        name, path = list(PITCHES)[i % 3], f"{odd}{i}.wav"
-        write_tone(folder / path, PITCHES[name], seed=i)
-        rows += [(path, f"{word} {name}{odd}") for word in ("a", "sound of")]
-    frame = pd.DataFrame(rows, columns=["wav_path", "caption"])
-    write_csv(frame, folder / "pairs.csv")
-    write_csv(frame.assign(start="0.1")[::-1], folder / "curated.csv")
-    return folder
-
-
-@pytest.fixture
-def flags(tones, text_model, tmp_path):
-    """Flags that train a tiny model in a second or two."""
-    return {
-        "train_csv_path": f"{tones}/pairs.csv",
-        "text_model": text_model,
-        "clap": "{text_pretrained: False, sample_rate: 16000, duration: 1,"
-        " fmax: 8000, width: 2, d_proj: 8}",
-        "output_folder": f"{tmp_path}/run",
-        "valid_pct": 0.25,
-        "batch_size": 4,
-        "number_of_epochs": 2,
-        "num_workers": 0,
-        "noprogressbar": True,
-    }
 
 
 def argv(flags, **changes):
@@ -65,17 +34,8 @@ def train(flags, **changes):
     microsoft_clap_train.main(argv(flags, **changes))
 
 
-def history(folder):
-    return pd.read_csv(pathlib.Path(folder) / "train_history.csv")
-
-
-def final_state(folder):
-    path = find_checkpoint(pathlib.Path(folder) / "save", "latest")
-    return torch.load(path, weights_only=True)
-
-
 def test_killed_and_resumed_equals_uninterrupted(flags, tones, tmp_path):
-    """SIGKILL within an epoch; all that is random is in play."""
+    """All that is random is in play."""
     flags |= {
         "curation_csv": f"{tones}/curated.csv",
         "curation_prob": 0.5,
@@ -87,38 +47,12 @@ def test_killed_and_resumed_equals_uninterrupted(flags, tones, tmp_path):
         "ckpt_interval_steps": 3,
         "batch_size": 2,
     }
-
-    def run(name):
-        command = argv(flags, output_folder=f"{tmp_path}/{name}")
-        return subprocess.Popen(
-            [sys.executable, "microsoft_clap_train.py", *command],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-    assert run("whole").wait() == 0
-    process = run("killed")
-    save = tmp_path / "killed" / "save"
-    while not list(save.glob("CKPT+*/CKPT.yaml")):
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "train_history.csv").exists()
-    [meta] = save.glob("CKPT+*/CKPT.yaml")
-    assert not yaml.safe_load(meta.read_text())["end-of-epoch"]
-
-    assert run("killed").wait() == 0
-    figures = [c for c in history(tmp_path / "whole") if "second" not in c]
-    pd.testing.assert_frame_equal(
-        history(tmp_path / "killed")[figures],
-        history(tmp_path / "whole")[figures],
-        check_exact=True,
+    check_resume(
+        "microsoft_clap_train.py",
+        argv(flags, output_folder=tmp_path / "whole"),
+        argv(flags, output_folder=tmp_path / "killed"),
+        tmp_path,
     )
-    whole, killed = final_state(tmp_path / "whole"), final_state(save.parent)
-    assert whole.keys() == killed.keys()
-    assert all(torch.equal(whole[k], killed[k]) for k in whole)
 
 
 def test_a_time_stamped_run_is_resumed_by_the_printed_command(
