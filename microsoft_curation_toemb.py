@@ -115,7 +115,12 @@ class EmbeddingBrain(sb.Brain):
                 bar.update(len(rows) + len(bad))
         ddp_barrier()
         if if_main_process():
-            finish_audio(writer, [paths[i] for i in items], hparams.reader)
+            finish_audio(
+                writer,
+                [paths[i] for i in items],
+                hparams.reader,
+                hparams.clap.duration,
+            )
         ddp_barrier()
 
     def dump_text(self, table):
@@ -178,7 +183,7 @@ def list_windows(paths, windows_per_clip, reader):
     return items, starts
 
 
-def finish_audio(writer, paths, reader):
+def finish_audio(writer, paths, reader, duration):
     """Write what lies beside the audio embeddings, then the store itself.
 
     Arguments
@@ -189,6 +194,8 @@ def finish_audio(writer, paths, reader):
         Audio file of each item.
     reader : dataset.audio.AudioReader
         Says once more why files were skipped.
+    duration : float
+        Length of the windows in seconds.
     """
     index = np.flatnonzero(writer.fate == DONE)
     reasons = {}
@@ -205,7 +212,9 @@ def finish_audio(writer, paths, reader):
     with open(f"{files}.partial", "w", encoding="utf-8") as file:
         file.writelines(f"{path}\n" for path in kept)
     os.replace(f"{files}.partial", files)
-    manifest = pd.DataFrame({"wav_path": kept, "start": writer.at[index]})
+    starts = writer.at[index]
+    times = {"start": starts, "end": starts + duration}
+    manifest = pd.DataFrame({"wav_path": kept, **times})
     writer.finish(index, manifest, {"skipped": len(reasons)})
     log = logger.warning if reasons else logger.info
     log(

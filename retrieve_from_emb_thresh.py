@@ -16,9 +16,9 @@ a task against all audio; the task is esc, us8k or tut:
 The embeddings are those of microsoft_curation_toemb.py. The pairs are exactly
 those whose similarity reaches the threshold (curation/similarity.py), in order
 of audio row, then caption row. They go to `<emb_dir>/<name>_curation.csv`
-(ID,wav_path,caption,similarity,start), and what each threshold would keep to
-`<name>_report.json` and `<name>_report.png`. --dry_run=True writes only these;
---target_pairs=200000 takes the lowest threshold, in steps of 0.01, that keeps
+(ID,wav_path,caption,similarity,start,end), and what each threshold would keep
+to `<name>_report.json` and `<name>_report.png`. --dry_run=True writes only
+these; --target_pairs=200000 takes the lowest threshold, in steps of 0.01, that keeps
 no more pairs. The method is that of arXiv 2305.01864.
 """
 
@@ -40,7 +40,7 @@ from dataset.manifest import write_json
 
 logger = logging.getLogger(__name__)
 
-HEADER = "ID,wav_path,caption,similarity,start\n"
+HEADER = "ID,wav_path,caption,similarity,start,end\n"
 _NEEDS_QUOTES = re.compile('[",\r\n]')
 _BUFFER_PAIRS = 2**20
 
@@ -68,9 +68,7 @@ class PairSink:
     def __init__(self, audio, text, file=None, max_pairs=None):
         manifest = audio.manifest
         self.paths = manifest["wav_path"].to_numpy()
-        self.starts = np.full(len(audio), np.nan)
-        if "start" in manifest:
-            self.starts = manifest["start"].to_numpy()
+        self.times = manifest.reindex(columns=["start", "end"]).to_numpy(float)
         self.file, self.max_pairs = file, max_pairs
         self.captions = (
             [] if file is None else csv_cells(text.manifest["caption"])
@@ -110,10 +108,13 @@ class PairSink:
         rows = audio_rows[is_new]
         which = (is_new.cumsum() - 1).tolist()
         paths = csv_cells(self.paths[rows])
-        starts = ["" if s != s else repr(s) for s in self.starts[rows].tolist()]
+        times = [
+            ",".join("" if s != s else repr(s) for s in row)
+            for row in self.times[rows].tolist()
+        ]
         captions = self.captions
         self.file.writelines(
-            f"{i},{paths[a]},{captions[t]},{s:.6f},{starts[a]}\n"
+            f"{i},{paths[a]},{captions[t]},{s:.6f},{times[a]}\n"
             for i, (a, t, s) in enumerate(
                 zip(which, text_rows.tolist(), similarities.tolist()),
                 start=self.pairs,

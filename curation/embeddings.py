@@ -127,13 +127,13 @@ def open_embeddings(emb_dir, stem, manifest_path=None):
 
 
 def _read_manifest(path):
-    """A manifest with every cell as text, `start` as seconds."""
+    """A manifest with every cell as text, `start` and `end` as seconds."""
     if path.endswith(".txt"):
         paths = read_list(path)
         return pd.DataFrame({"wav_path": paths, "start": np.nan})
     manifest = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if "start" in manifest:
-        manifest["start"] = pd.to_numeric(manifest["start"])
+    for name in manifest.columns.intersection(["start", "end"]):
+        manifest[name] = pd.to_numeric(manifest[name])
     return manifest
 
 

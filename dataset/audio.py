@@ -161,8 +161,8 @@ class AudioReader:
         self.num_samples = round(duration * sample_rate)
         self.short = short
 
-    def crop(self, path, fraction=0.5, start=None):
-        """One window of a file.
+    def crop(self, path, fraction=0.5, start=None, end=None):
+        """One window of a file, or of a part of it.
 
         Arguments
         ---------
@@ -172,7 +172,10 @@ class AudioReader:
             Where in a longer file: 0 is its first window, 1 its last one,
             0.5 the centre. Uniform random fractions give random crops.
         start : float
-            Start in seconds instead; past the last window, the last one.
+            Start of the part in seconds, which without `end` is one window
+            long; past the last window of the file, that one.
+        end : float
+            Where a longer part ends, in seconds.
 
         Returns
         -------
@@ -186,11 +189,13 @@ class AudioReader:
             The file cannot be read there.
         """
         with open_audio(path) as file:
-            spare = max(self._length(file) - self.num_samples, 0)
-            if start is None:
-                begin = min(int(fraction * (spare + 1)), spare)
-            else:
-                begin = min(max(round(start * self.sample_rate), 0), spare)
+            first, last = 0, max(self._length(file) - self.num_samples, 0)
+            if start is not None:
+                first = min(max(round(start * self.sample_rate), 0), last)
+                end = start if end is None else end
+                last_of_part = round(end * self.sample_rate) - self.num_samples
+                last = min(max(last_of_part, first), last)
+            begin = min(first + int(fraction * (last - first + 1)), last)
             return self._window(file, begin), begin / self.sample_rate
 
     def starts(self, path):

@@ -1,9 +1,9 @@
 """Manifests: CSV files that pair audio files with captions.
 
-The columns `ID,wav_path,caption` come first and more may follow (`duration`
-and `start` in seconds, `similarity`, `dataset`). They are read with pandas, as
-text, and never through SpeechBrain's CSV reader, which takes every `$word` in
-a cell for a variable to substitute.
+The columns `ID,wav_path,caption` come first and more may follow (`duration`,
+`start` and `end` in seconds, `similarity`, `dataset`). They are read with
+pandas, as text, and never through SpeechBrain's CSV reader, which takes every
+`$word` in a cell for a variable to substitute.
 """
 
 import json
@@ -37,8 +37,8 @@ def read_pairs(path, flag, audio_folder=None):
     Arguments
     ---------
     path : str
-        CSV with a header; `wav_path` and `caption` are needed, `ID`, `start`
-        and others may be there.
+        CSV with a header; `wav_path` and `caption` are needed, `ID`, `start`,
+        `end` and others may be there.
     flag : str
         The flag that named the file, for errors.
     audio_folder : str
@@ -47,14 +47,14 @@ def read_pairs(path, flag, audio_folder=None):
     Returns
     -------
     pandas.DataFrame
-        `ID`, `wav_path` (absolute) and `caption` first; `start`, if there, as
-        float seconds (NaN where empty); every other cell as text.
+        `ID`, `wav_path` (absolute) and `caption` first; `start` and `end`, if
+        there, as float seconds (NaN where empty); every other cell as text.
 
     Raises
     ------
     ValueError
         The file cannot be read, has no rows, lacks a column, or has an empty
-        path or a `start` that is no number; the message names the first row.
+        path or a time that is no number; the message names the first row.
     """
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -73,15 +73,15 @@ def read_pairs(path, flag, audio_folder=None):
     if len(empty):
         # Row 1 is the header, as a spreadsheet counts.
         raise ValueError(f"--{flag}={path}: row {empty[0] + 2} has no wav_path")
-    if "start" in frame:
-        start = pd.to_numeric(frame["start"], errors="coerce")
-        wrong = frame.index[start.isna() & (frame["start"].str.strip() != "")]
+    for name in frame.columns.intersection(["start", "end"]):
+        seconds = pd.to_numeric(frame[name], errors="coerce")
+        wrong = frame.index[seconds.isna() & (frame[name].str.strip() != "")]
         if len(wrong):
             raise ValueError(
-                f"--{flag}={path}: row {wrong[0] + 2} has the start "
-                f"'{frame['start'][wrong[0]]}', which is no number of seconds"
+                f"--{flag}={path}: row {wrong[0] + 2} has the {name} "
+                f"'{frame[name][wrong[0]]}', which is no number of seconds"
             )
-        frame["start"] = start
+        frame[name] = seconds
     if "ID" not in frame:
         frame["ID"] = [str(i) for i in range(len(frame))]
     folder = os.path.abspath(audio_folder or os.path.dirname(path) or ".")

@@ -48,16 +48,17 @@ class PairBatch:
 class PairDataset(Dataset):
     """Audio-caption pairs, cut to one window each.
 
-    A pair with a known `start` is cut there, any other at a random place that
-    depends on the seed, the epoch and the row alone. A row whose audio cannot
+    The window is cut at a random place that depends on the seed, the epoch and
+    the row alone: of the part from `start` to `end` where these are known, at
+    `start` where only that is, else of the whole file. A row whose audio cannot
     be read is replaced by another one of the same set, and reported with the
     example, so that batches stay full.
 
     Arguments
     ---------
     manifests : list of pandas.DataFrame
-        Sets of pairs with `wav_path`, `caption` and, where known, `start` in
-        seconds; the rows are numbered through.
+        Sets of pairs with `wav_path`, `caption` and, where known, `start` and
+        `end` in seconds; the rows are numbered through.
     reader : dataset.audio.AudioReader
         Reads the windows.
     seed : int
@@ -72,9 +73,7 @@ class PairDataset(Dataset):
         self.captions = pairs["caption"].to_numpy(dtype=object)
         self.clip_ids = pd.factorize(pairs["wav_path"])[0]
         self.caption_ids = pd.factorize(pairs["caption"])[0]
-        self.starts = np.full(len(pairs), np.nan)
-        if "start" in pairs:
-            self.starts = pairs["start"].to_numpy(dtype=float)
+        self.times = pairs.reindex(columns=["start", "end"]).to_numpy(float)
         self.ends = np.cumsum([len(manifest) for manifest in manifests])
         self.reader = reader
         self.seed = seed
@@ -108,11 +107,10 @@ class PairDataset(Dataset):
         begin = max([0, *self.ends[self.ends < end]])
         unreadable = {}
         for _ in range(_MAX_REPLACEMENTS):
-            path, start = self.wav_paths[row], self.starts[row]
+            path = self.wav_paths[row]
+            part = [None if np.isnan(t) else t for t in self.times[row]]
             try:
-                wav, _ = self.reader.crop(
-                    path, rng.random(), None if np.isnan(start) else start
-                )
+                wav, _ = self.reader.crop(path, rng.random(), *part)
             except AudioError as error:
                 unreadable[path] = str(error)
                 row = int(rng.integers(begin, end))

@@ -93,9 +93,9 @@ def prepare_captions(
     """Write the training and validation manifests of audio-caption pairs.
 
     Writes `train_raw.csv` and `valid_raw.csv` (`ID,wav_path,caption,dataset,
-    duration`, and `start` if the ready CSV has it), `curated_raw.csv` if there
-    are curated pairs, `skipped_audio.csv` (`wav_path,reason`) and, last,
-    `prepare.json` (arguments and counts). With the arguments of the run
+    duration`, and `start` and `end` if the ready CSV has them),
+    `curated_raw.csv` if there are curated pairs, `skipped_audio.csv`
+    (`wav_path,reason`) and, last, `prepare.json` (arguments and counts). With the arguments of the run
     before, its files are used again.
 
     Arguments
@@ -410,7 +410,8 @@ def _collect(data_annot_folder, train_csv_path, official_test_splits):
     -------
     pandas.DataFrame
         `wav_path` (absolute, or the bare name looked for in vain), `caption`
-        with single blanks, `dataset`, `held_out`, and perhaps `start`.
+        with single blanks, `dataset`, `held_out`, and perhaps `start` and
+        `end`.
     """
     frames = []
     if data_annot_folder:
@@ -580,9 +581,10 @@ def _index(path, _):
 
 
 def _ready_csv(path):
-    """Pairs of a CSV given with --train_csv_path, and `start` if it has it."""
+    """Pairs of a CSV given with --train_csv_path, with times if it has them."""
+    columns = ("wav_path", "caption", "start", "end")
     frame = read_pairs(path, "train_csv_path")
-    return frame[[c for c in ("wav_path", "caption", "start") if c in frame]]
+    return frame[[column for column in columns if column in frame]]
 
 
 def _pairs_frame(pairs):
@@ -648,10 +650,9 @@ def _read_rows(path, delimiter):
 
 def _fates(pairs):
     """Why each pair is left out, or "used", before its audio is looked at."""
-    same = ["wav_path", "caption", "held_out"]
-    if "start" in pairs:
-        # Two windows of a recording are two examples.
-        same.append("start")
+    # Two windows of a recording are two examples.
+    same = ["wav_path", "caption", "held_out", "start", "end"]
+    same = [column for column in same if column in pairs]
     return np.select(
         [pairs["held_out"], pairs["caption"] == "", pairs.duplicated(same)],
         ["held_out", "no_caption", "duplicates"],
@@ -710,7 +711,8 @@ def _manifest(pairs):
     used = pairs[pairs["fate"] == "used"].reset_index(drop=True)
     number = used.groupby("dataset").cumcount().astype(str)
     used["ID"] = used["dataset"] + "_" + number
-    columns = ["ID", "wav_path", "caption", "dataset", "duration", "start"]
+    columns = ["ID", "wav_path", "caption", "dataset", "duration"]
+    columns += ["start", "end"]
     return used[[column for column in columns if column in used]]
 
 

@@ -74,6 +74,18 @@ def test_crop_reaches_both_ends_and_takes_a_start(tmp_path):
     assert torch.equal(reader.crop(path, start=99)[0], samples[-16000:])
 
 
+def test_crop_within_a_part(tmp_path):
+    path = write_noise(tmp_path / "a.wav", 3.0, 16000)
+    reader = AudioReader(16000, 1.0)
+    found = [
+        reader.crop(path, fraction, start, end)[1]
+        for fraction in (0.0, 0.5, 1.0)
+        for start, end in ((0.5, 2.0), (0.5, 1.5), (0.5, 1.0), (1.5, 9.0))
+    ]
+    expected = [0.5, 0.5, 0.5, 1.5, 0.75, 0.5, 0.5, 1.75, 1, 0.5, 0.5, 2]
+    np.testing.assert_allclose(found, expected, atol=1 / 16000)
+
+
 def test_windows_cover_the_clip(tmp_path):
     path = write_noise(tmp_path / "a.wav", 2.5, 16000)
     samples = whole(path, 16000)

@@ -51,7 +51,8 @@ def audio():
     names += [f"{i}.wav" for i in range(45)]
     starts = [i * 0.1 if i % 3 else np.nan for i in range(50)]
     paths = [f"/data/{name}" for name in names]
-    return pd.DataFrame({"wav_path": paths, "start": starts})
+    ends = [start + 5 for start in starts]
+    return pd.DataFrame({"wav_path": paths, "start": starts, "end": ends})
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +101,12 @@ def run(folder, monkeypatch):
 
 
 def expected_rows(pairs, naive, audio):
-    rows = [["ID", "wav_path", "caption", "similarity", "start"]]
+    rows = [["ID", "wav_path", "caption", "similarity", "start", "end"]]
     for i, (a, t) in enumerate(pairs):
-        start = audio["start"][a]
-        cell = "" if np.isnan(start) else str(start)
+        times = [audio[name][a] for name in ("start", "end")]
+        cells = ["" if np.isnan(time) else str(time) for time in times]
         value = f"{naive[a, t]:.6f}"
-        rows.append([str(i), audio["wav_path"][a], CAPTIONS[t], value, cell])
+        rows.append([str(i), audio["wav_path"][a], CAPTIONS[t], value, *cells])
     return rows
 
 
@@ -130,8 +131,9 @@ def test_training_reads_it(run, folder, naive, audio):
     pairs = read_pairs(str(folder / f"{DU}_curation.csv"), "curation_csv")
     expected = over(naive, THRESHOLD)
     assert pairs["caption"].tolist() == [CAPTIONS[t] for _, t in expected]
-    starts = audio["start"][[a for a, _ in expected]]
-    np.testing.assert_array_equal(pairs["start"], starts)
+    for name in ("start", "end"):
+        times = audio[name][[a for a, _ in expected]]
+        np.testing.assert_array_equal(pairs[name], times)
 
 
 @pytest.mark.parametrize("task, default", [
