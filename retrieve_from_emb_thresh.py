@@ -18,8 +18,8 @@ those whose similarity reaches the threshold (curation/similarity.py), in order
 of audio row, then caption row. They go to `<emb_dir>/<name>_curation.csv`
 (ID,wav_path,caption,similarity,start,end), and what each threshold would keep
 to `<name>_report.json` and `<name>_report.png`. --dry_run=True writes only
-these; --target_pairs=200000 takes the lowest threshold, in steps of 0.01, that keeps
-no more pairs. The method is that of arXiv 2305.01864.
+these; --target_pairs=200000 takes the lowest threshold, in steps of 0.01, that
+keeps no more pairs. The method is that of arXiv 2305.01864.
 """
 
 import contextlib

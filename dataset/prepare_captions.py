@@ -95,8 +95,8 @@ def prepare_captions(
     Writes `train_raw.csv` and `valid_raw.csv` (`ID,wav_path,caption,dataset,
     duration`, and `start` and `end` if the ready CSV has them),
     `curated_raw.csv` if there are curated pairs, `skipped_audio.csv`
-    (`wav_path,reason`) and, last, `prepare.json` (arguments and counts). With the arguments of the run
-    before, its files are used again.
+    (`wav_path,reason`) and, last, `prepare.json` (arguments and counts). With
+    the arguments of the run before, its files are used again.
 
     Arguments
     ---------
