@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import speechbrain as sb
 import torch
+from speechbrain.utils.autocast import AMPConfig
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -36,6 +37,7 @@ from curation.embeddings import (
     state_hash,
     text_hash,
 )
+from curation.similarity import product_seconds
 from dataset.audio import AudioError
 from dataset.manifest import write_csv
 from dataset.pipelines import CropDataset, collate_crops
@@ -52,13 +54,13 @@ class EmbeddingBrain(sb.Brain):
     @torch.inference_mode()
     def embed_audio(self, windows):
         """(items, samples) -> (items, d_proj) unit-norm."""
-        with self.evaluation_ctx:
+        with self.training_ctx:
             windows = windows.to(self.device, non_blocking=True)
             return self.modules.clap.encode_audio(windows)
 
     def embed_text(self, captions):
         """List of captions -> (captions, d_proj) unit-norm."""
-        with self.evaluation_ctx:
+        with self.training_ctx:
             return text_embeddings(
                 self.modules.clap, self.hparams.tokenizer, captions, self.device
             )
@@ -67,7 +69,7 @@ class EmbeddingBrain(sb.Brain):
         """What embeddings depend on, for the record."""
         return {
             "weights": self.weights_hash,
-            "precision": self.eval_precision,
+            "precision": self.precision,
             **more,
         }
 
@@ -141,6 +143,59 @@ class EmbeddingBrain(sb.Brain):
             hparams.clap.d_proj,
             self.settings(text_max_length=hparams.tokenizer.text_max_length),
         )
+
+
+def choose_precision(precision, device):
+    """What `precision` means on a device.
+
+    Arguments
+    ---------
+    precision : str
+        fp32, bf16, fp16 (GPU only), or auto for the fastest one.
+    device : str
+
+    Returns
+    -------
+    str
+        A CPU takes bf16 only if it multiplies at least 1.5 times as fast with
+        it: of two of the same make, one may do and the other not.
+
+    Raises
+    ------
+    SystemExit
+        It is none of these.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    choices = ["auto", "fp32", "bf16"] + ["fp16"] * (not on_cpu)
+    if precision not in choices:
+        raise SystemExit(
+            f"--precision={precision}: give one of {', '.join(choices)}"
+        )
+    if precision != "auto":
+        return precision
+    if not on_cpu:
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    fp32, bf16 = (
+        product_seconds(dtype, width=1024)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    return "bf16" if 1.5 * bf16 < fp32 else "fp32"
+
+
+def keep_weights_in(clap, precision):
+    """Convert once the weights that autocast would convert at every batch.
+
+    Arguments
+    ---------
+    clap : models.clap.CLAP
+        Changed in place; its embeddings under autocast stay the same.
+    precision : str
+        fp32, bf16 or fp16.
+    """
+    dtype = AMPConfig.from_name(precision).dtype
+    for module in clap.modules():
+        if type(module) in (torch.nn.Linear, torch.nn.Conv2d):
+            module.to(dtype)
 
 
 def list_windows(paths, windows_per_clip, reader):
@@ -251,12 +306,18 @@ def main(argv):
     if not (hparams["audio_pathfile"] or hparams["text_pathfile"]):
         raise SystemExit("Give --audio_pathfile, --text_pathfile or both")
     experiment.require_weights(hparams)
+    if "eval_precision" in run_opts:
+        raise SystemExit("--eval_precision: give --precision to this script")
+    run_opts["precision"] = choose_precision(
+        hparams["precision"], run_opts["device"]
+    )
     brain = EmbeddingBrain(
         modules={"clap": hparams["clap"]}, hparams=hparams, run_opts=run_opts
     )
     hparams["load_weights"]()
     brain.modules.eval()
     brain.weights_hash = state_hash(hparams["clap"].state_dict())
+    keep_weights_in(hparams["clap"], brain.precision)
     if hparams["text_pathfile"]:
         brain.dump_text(
             read_captions(hparams["text_pathfile"], "text_pathfile")

@@ -401,7 +401,10 @@ def _fast_dtype(precision, kind, width):
     if kind == "cuda":
         dtypes |= {"fp16": torch.float16, "auto": torch.float16}
     elif precision == "auto":
-        seconds = {n: _seconds(dtype, width) for n, dtype in dtypes.items()}
+        seconds = {
+            name: product_seconds(dtype, width)
+            for name, dtype in dtypes.items()
+        }
         precision = min(seconds, key=seconds.get)
     if precision not in dtypes:
         raise ValueError(
@@ -410,8 +413,20 @@ def _fast_dtype(precision, kind, width):
     return dtypes[precision]
 
 
-def _seconds(dtype, width):
-    """Time of a product in this format on the CPU."""
+def product_seconds(dtype, width):
+    """Time of a product in a format on this machine's CPU.
+
+    Arguments
+    ---------
+    dtype : torch.dtype
+    width : int
+        Length of the vectors.
+
+    Returns
+    -------
+    float
+        The best of three, in seconds; only ratios of two have a meaning.
+    """
     matrix = torch.ones(1024, width, dtype=dtype)
     times = []
     for _ in range(3):

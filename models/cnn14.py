@@ -81,12 +81,24 @@ class LogMel(nn.Module):
             return mel.clamp_(min=1e-10).log10_().mul_(10.0)
 
 
+class FullPrecisionConv2d(nn.Conv2d):
+    """A convolution that is computed in fp32, also under autocast."""
+
+    def forward(self, x):
+        """As `torch.nn.Conv2d`."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 class ConvBlock(nn.Module):
     """Two 3x3 convolutions with batch norm and ReLU, then average pooling."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
-        self.conv1 = nn.Conv2d(
+        # The first of all sees the spectrogram itself, to which half precision
+        # does more harm than to all that follows.
+        first = FullPrecisionConv2d if in_channels == 1 else nn.Conv2d
+        self.conv1 = first(
             in_channels, out_channels, kernel_size=3, padding=1, bias=False
         )
         self.conv2 = nn.Conv2d(

@@ -342,3 +342,53 @@ def test_nothing_reaches_the_threshold(embed, choose_captions):
     save = embed(audio_pathfile=None)
     with pytest.raises(RuntimeError, match="highest similarity is"):
         choose_captions(save, sim_threshold=1.5)
+
+
+# ---- Precision -------------------------------------------------------------
+
+
+def test_bf16_embeddings_are_close_to_those_in_fp32(embed):
+    exact, low = (
+        embed("exact", precision="fp32"),
+        embed("low", precision="bf16"),
+    )
+    for stem in ("audio_audioset", "text_insper"):
+        a, b = (
+            np.load(save / f"{stem}_embeddings.npy").astype(np.float32)
+            for save in (exact, low)
+        )
+        assert (a != b).any()
+        assert ((a * b).sum(axis=1) > 0.9995).all()
+        record = json.loads((low / f"{stem}.json").read_text())
+        assert record["settings"]["precision"] == "bf16"
+
+
+def test_weights_kept_in_bf16_change_nothing_under_autocast(tiny_clap):
+    wavs = 0.1 * torch.randn(3, 16000)
+    tokens = {"input_ids": torch.randint(5, (3, 7))}
+    found = []
+    for keep in (False, True):
+        if keep:
+            microsoft_curation_toemb.keep_weights_in(tiny_clap, "bf16")
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            found.append(tiny_clap(wavs, tokens))
+    for before, after in zip(*found):
+        assert torch.equal(before, after)
+    base = tiny_clap.audio_encoder.base
+    assert base.conv_block1.conv1.weight.dtype == torch.float32
+    assert base.conv_block1.conv2.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("fast", "precision"), [(1.0, "fp32"), (0.4, "bf16")])
+def test_automatic_precision_takes_what_is_faster(monkeypatch, fast, precision):
+    monkeypatch.setattr(
+        microsoft_curation_toemb,
+        "product_seconds",
+        lambda dtype, width: fast if dtype == torch.bfloat16 else 1.0,
+    )
+    choose = microsoft_curation_toemb.choose_precision
+    assert choose("auto", "cpu") == precision
+    assert choose("fp32", "cpu") == "fp32"
+    for wrong in ("fp16", "half"):
+        with pytest.raises(SystemExit, match="auto, fp32, bf16"):
+            choose(wrong, "cpu")

@@ -180,3 +180,16 @@ def test_other_text_encoders(tmp_path):
         model.encode_text(tokens), F.normalize(projected, dim=1)
     )
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_the_first_convolution_is_in_fp32_under_autocast():
+    """In bf16 its input, tens of decibels, would lose what is below 0.25."""
+    torch.manual_seed(0)
+    network = CNN14(16000, fmax=8000, width=4).eval()
+    block = network.conv_block1
+    spectrogram = -50 + 10 * torch.randn(1, 1, 40, 64)
+    with torch.no_grad():
+        expected = block.conv1(spectrogram)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(block.conv1(spectrogram), expected)
+            assert block.conv2(expected).dtype == torch.bfloat16
