@@ -19,7 +19,8 @@ of audio row, then caption row. They go to `<emb_dir>/<name>_curation.csv`
 (ID,wav_path,caption,similarity,start,end), and what each threshold would keep
 to `<name>_report.json` and `<name>_report.png`. --dry_run=True writes only
 these; --target_pairs=200000 takes the lowest threshold, in steps of 0.01, that
-keeps no more pairs. The method is that of arXiv 2305.01864.
+keeps no more pairs. With `torchrun --nproc_per_node=N` the processes share the
+search, and the files are the same. The method is that of arXiv 2305.01864.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ import sys
 
 import numpy as np
 import torch
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from tqdm import tqdm
 
 import experiment
@@ -342,6 +344,73 @@ def written_whole(path, is_wanted=True):
         raise
 
 
+def share_of(count, block_size):
+    """The rows that this process searches: consecutive whole blocks.
+
+    Blocks are those of one process alone, so that all products are the same.
+
+    Arguments
+    ---------
+    count, block_size : int
+        Number of audio rows, and of rows of a block.
+
+    Returns
+    -------
+    tuple of int
+        The first row and the one after the last.
+    """
+    if not torch.distributed.is_initialized():
+        return 0, count
+    rank = torch.distributed.get_rank()
+    world_size = torch.distributed.get_world_size()
+    blocks = -(-count // block_size)
+    ends = [blocks * r // world_size * block_size for r in (rank, rank + 1)]
+    return min(ends[0], count), min(ends[1], count)
+
+
+def gathered(batches, path):
+    """Pairs of all processes, in order of rank, in the main process.
+
+    Arguments
+    ---------
+    batches : iterable of tuple of array
+        This process's pairs.
+    path : str
+        Where they wait, in a file for each process, until all are found.
+
+    Yields
+    ------
+    tuple of array
+        In the main process alone.
+    """
+    if not torch.distributed.is_initialized():
+        yield from batches
+        return
+    own = f"{path}.{torch.distributed.get_rank()}"
+    with open(own, "wb") as file:
+        for pairs in batches:
+            for part in pairs:
+                np.save(file, part)
+    ddp_barrier()
+    if if_main_process():
+        for rank in range(torch.distributed.get_world_size()):
+            with open(f"{path}.{rank}", "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                while file.tell() < size:
+                    yield tuple(np.load(file) for _ in range(3))
+    ddp_barrier()
+    os.remove(own)
+
+
+def all_of(tally):
+    """The tallies of all processes, in each of them."""
+    if not torch.distributed.is_initialized():
+        return [tally]
+    tallies = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(tallies, tally)
+    return tallies
+
+
 def retrieve(audio, text, hparams, run_opts):
     """Search, write the pairs and the report.
 
@@ -351,40 +420,44 @@ def retrieve(audio, text, hparams, run_opts):
         The stores.
     hparams, run_opts : dict
         As `experiment.start` gives them.
-
-    Returns
-    -------
-    PairSink
-        With the numbers of what was kept.
     """
     tally = Tally(len(text))
+    name, dry_run = hparams["curation_name"], hparams["dry_run"]
+    base = os.path.join(hparams["emb_dir"], name)
 
     def search(threshold, with_report):
+        first, last = share_of(len(audio), hparams["audio_bs"])
         with tqdm(
-            total=len(audio),
+            total=last - first,
             unit="clip",
             dynamic_ncols=True,
-            disable=bool(run_opts.get("noprogressbar")),
+            disable=bool(run_opts.get("noprogressbar")) or not is_main,
         ) as bar:
 
             def audio_block(begin, end):
                 bar.update(end - begin)
-                return audio.block(begin, end)
+                return audio.block(first + begin, first + end)
 
-            yield from pairs_over(
+            own = Tally(len(text))
+            batches = pairs_over(
                 audio_block,
-                len(audio),
+                last - first,
                 text.block,
                 len(text),
                 threshold,
-                tally,
+                own,
                 with_report,
                 hparams["audio_bs"],
                 device=run_opts["device"],
                 precision=hparams["search_precision"],
             )
+            moved = ((a + first, t, s) for a, t, s in batches)
+            yield from gathered(moved, f"{base}_pairs.partial")
+        tally.start(threshold)
+        for other in all_of(own):
+            tally.absorb(other)
 
-    name, dry_run = hparams["curation_name"], hparams["dry_run"]
+    is_main = if_main_process()
     with_report = hparams["with_report"] or dry_run
     threshold, target = hparams["sim_threshold"], hparams["target_pairs"]
     if target is None:
@@ -396,14 +469,15 @@ def retrieve(audio, text, hparams, run_opts):
         threshold, pairs = best_on_grid(search(start, False), start, target)
         logger.info("--target_pairs=%d: the threshold is %g", target, threshold)
         batches = [pairs]
-    base = os.path.join(hparams["emb_dir"], name)
     path = f"{base}_curation.csv"
-    with written_whole(path, not dry_run) as file:
+    with written_whole(path, is_main and not dry_run) as file:
         sink = PairSink(audio, text, file, hparams["max_pairs"])
         if file is not None:
             file.write(HEADER)
         for pairs in limited(batches, hparams, len(text)):
             sink.add(*pairs)
+    if not is_main:
+        return
     if with_report:
         captions = text.manifest["caption"].tolist()
         report = make_report(tally, len(audio), threshold, sink.kept, captions)
@@ -429,7 +503,6 @@ def retrieve(audio, text, hparams, run_opts):
         threshold,
         f"{base}_report.png" if dry_run else path,
     )
-    return sink
 
 
 def main(argv):
@@ -441,8 +514,6 @@ def main(argv):
             "microsoft_curation_toemb.py"
         )
     hparams, run_opts = experiment.start(argv)
-    if torch.distributed.is_initialized():
-        raise SystemExit("This script runs in one process: without torchrun")
     check_settings(hparams)
     folder = hparams["emb_dir"]
     audio = open_embeddings(
@@ -451,6 +522,7 @@ def main(argv):
     text = open_embeddings(folder, hparams["text_stem"], hparams["txt_ds_path"])
     check_same_weights(audio, text)
     retrieve(audio, text, hparams, run_opts)
+    experiment.finish()
 
 
 if __name__ == "__main__":

@@ -86,6 +86,17 @@ class Tally:
         self._clips = np.zeros(len(EDGES), dtype=np.int64)
         self._texts = np.full(len(self._fast_texts), -np.inf)
 
+    def absorb(self, other):
+        """Add the counts of a search of the same texts for other audio."""
+        self.margin = max(self.margin, other.margin)
+        self.highest = max(self.highest, other.highest)
+        for name in ("_fast_bits", "_fast_pairs", "_fast_clips", "_pairs"):
+            getattr(self, name)[:] += getattr(other, name)
+        self._clips += other._clips
+        for name in ("_fast_texts", "_texts"):
+            own = getattr(self, name)
+            np.maximum(own, getattr(other, name), out=own)
+
     def add_pairs(self, audio_rows, text_rows, similarities):
         """Count pairs over the threshold, all those of some audio rows."""
         if not len(audio_rows):

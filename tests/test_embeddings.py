@@ -1,7 +1,6 @@
 """Embedding runs by the real command line: alignment, resume, refusals."""
 
 import json
-import pathlib
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import NETWORK, write_noise
+from conftest import NETWORK, ROOT, write_noise
 
 import microsoft_curation_toemb
 import retrieve_ds_t2t
@@ -20,7 +19,6 @@ from dataset.audio import AudioReader
 from dataset.text import CaptionTokenizer
 from models.weights import AtomicCheckpointer
 
-ROOT = pathlib.Path(__file__).parents[1]
 CAPTIONS = [
     "rain falls",
     'a dog, "barks"',

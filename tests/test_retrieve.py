@@ -3,11 +3,13 @@
 import csv
 import itertools
 import json
-import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from matplotlib.figure import Figure
 
 import retrieve_from_emb_thresh as script
@@ -15,7 +17,7 @@ from curation.report import make_report, report_figure
 from curation.similarity import EDGES, Tally
 from dataset.manifest import read_pairs
 
-CURATION = pathlib.Path(__file__).parents[1] / "hparams" / "curation"
+CURATION = ROOT / "hparams" / "curation"
 DU = "audioset_insper_duv2"
 THRESHOLD = 0.4
 CAPTIONS = [
@@ -352,3 +354,38 @@ def test_stores_of_different_size_are_refused(run, folder):
     np.save(folder / "text_insper_embeddings.npy", vectors)
     with pytest.raises(ValueError, match="not of one model"):
         run()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"audio_bs": 7},
+        {"audio_bs": 7, "target_pairs": 40, "max_audios_per_caption": 2},
+    ],
+)
+def test_torchrun_shares_the_search(run, folder, flags):
+    """Two gloo processes, of which one has more blocks."""
+    rows, report = run(**flags)
+    for path in folder.glob(f"{DU}_*"):
+        if path.is_file():
+            path.unlink()
+    flags = {"emb_dir": folder, "sim_threshold": THRESHOLD, **flags}
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            "--nproc_per_node=2",
+            "--master_port=29523",
+            "retrieve_from_emb_thresh.py",
+            str(CURATION / f"{DU}_retr.yaml"),
+            *(f"--{key}={value}" for key, value in flags.items()),
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    with open(folder / f"{DU}_curation.csv", newline="") as file:
+        assert list(csv.reader(file)) == rows
+    assert json.loads((folder / f"{DU}_report.json").read_text()) == report
+    assert (folder / f"{DU}_report.png").exists()
+    assert not list(folder.glob("*partial*"))
