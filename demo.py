@@ -1,12 +1,13 @@
-"""What `make demo` runs: the toolkit from nothing, by its real scripts.
+"""What `make demo` runs: the whole method from nothing, by the real scripts.
 
     python demo.py
 
 Makes synthetic sounds with captions, trains a small teacher on some of them,
-classifies others, from another acoustic domain, zero-shot, and curates pairs
-of unlabelled sounds of that domain and a corpus of captions. Each command is
-printed as a user would type it; a command that is done is not done again (for
-a fresh start, delete results/demo).
+and classifies others, from another acoustic domain, zero-shot. Then it curates
+pairs of unlabelled sounds of that domain and a corpus of captions, trains
+students on them, and classifies again. Each command is printed as a user would
+type it; what is done already is not done again (for a fresh start, delete
+results/demo).
 """
 
 import json
@@ -16,42 +17,96 @@ import subprocess
 import sys
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from dataset.manifest import write_json
 
 FOLDER = "results/demo"
 DATA = f"{FOLDER}/data"
-WEIGHTS = f"--ssl_checkpoints_dir={FOLDER}/teacher/save"
-EMBEDDINGS = f"--emb_dir={FOLDER}/embeddings/save"
+TEACHER = f"--ssl_checkpoints_dir={FOLDER}/teacher/save"
+EMBEDDINGS = f"{FOLDER}/embeddings/save"
+PAIRS = f"--emb_dir={EMBEDDINGS} --sim_threshold=0.6 --max_captions_per_audio=5"
+STUDENT = (
+    f"--train_csv_path={FOLDER}/teacher/save/train_raw.csv {TEACHER}"
+    " --curation_prob=0.5 --number_of_epochs=20 --base_lr=0.0005"
+)
+# Rows of the summary, and the names of their folders.
+MODELS = {
+    "teacher": "teacher",
+    "DU hard": "student_du_hard",
+    "ADS soft": "student_ads_soft",
+}
+
+
+def zeroshot(model):
+    """The command that evaluates a model of the demo."""
+    return (
+        "python microsoft_zeroshot.py hparams/demo/microsoft_zeroshot.yaml"
+        f" --data_folder={DATA}/target"
+        f" --ssl_checkpoints_dir={FOLDER}/{model}/save"
+        f" --ssl_checkpointer=latest --output_folder={FOLDER}/{model}_zeroshot"
+    )
+
+
 COMMANDS = [
     f"python -m dataset.synthetic {DATA} --unlabelled 300",
     "python microsoft_clap_train.py hparams/demo/microsoft_clap_train.yaml"
     f" --data_annot_folder={DATA}/pairs --output_folder={FOLDER}/teacher",
-    "python microsoft_zeroshot.py hparams/demo/microsoft_zeroshot.yaml"
-    f" --data_folder={DATA}/target {WEIGHTS}"
-    f" --output_folder={FOLDER}/teacher_zeroshot",
+    zeroshot("teacher"),
     "python microsoft_curation_toemb.py hparams/demo/microsoft_toemb.yaml"
     f" --audio_pathfile={DATA}/unlabelled.txt"
-    f" --text_pathfile={DATA}/captions.csv {WEIGHTS}"
+    f" --text_pathfile={DATA}/captions.csv {TEACHER}"
     f" --output_folder={FOLDER}/embeddings",
     "python retrieve_from_emb_thresh.py"
-    " hparams/curation/audioset_insper_duv2_retr.yaml"
-    f" {EMBEDDINGS} --target_pairs=2000",
+    f" hparams/curation/audioset_insper_duv2_retr.yaml {PAIRS}",
     "python retrieve_ds_t2t.py hparams/demo/t2t_retr.yaml"
-    f" --target_csv_path={DATA}/captions.csv {EMBEDDINGS} {WEIGHTS}"
+    f" --target_csv_path={DATA}/captions.csv --emb_dir={EMBEDDINGS} {TEACHER}"
     f" --output_folder={FOLDER}/captions",
-    "python retrieve_from_emb_thresh.py hparams/demo/audioset_dudsv3_retr.yaml"
-    f" {EMBEDDINGS} --target_pairs=2000",
+    "python retrieve_from_emb_thresh.py"
+    f" hparams/demo/audioset_dudsv3_retr.yaml {PAIRS}",
+    "python microsoft_clap_train.py hparams/demo/microsoft_clap_train.yaml"
+    f" {STUDENT} --curation_csv={EMBEDDINGS}/audioset_insper_duv2_curation.csv"
+    f" --output_folder={FOLDER}/student_du_hard",
+    "python softclap_train.py hparams/demo/softclap_train.yaml"
+    f" {STUDENT}"
+    f" --curation_csv={EMBEDDINGS}/demo_insper_audioset_dudsv3_curation.csv"
+    f" --output_folder={FOLDER}/student_ads_soft",
+    zeroshot("student_du_hard"),
+    zeroshot("student_ads_soft"),
 ]
 
 
-def summarize(model):
+def summarize(model, folder):
     """One row of the summary: accuracy, its 95 % interval, chance, pairs."""
-    with open(f"{FOLDER}/{model}_zeroshot/results.json") as file:
+    with open(f"{FOLDER}/{folder}_zeroshot/results.json") as file:
         results = json.load(file)
-    pairs = len(pd.read_csv(f"{FOLDER}/{model}/save/train_raw.csv"))
     figures = {k: results[k] for k in ("accuracy", "low", "high", "chance")}
-    return {"model": model, **figures, "pairs": pairs}
+    pairs = {"pairs": f"{FOLDER}/{folder}/save/train_raw.csv"}
+    pairs["curated"] = f"{FOLDER}/{folder}/save/curated_raw.csv"
+    counts = {
+        name: len(pd.read_csv(path)) if os.path.exists(path) else 0
+        for name, path in pairs.items()
+    }
+    return {"model": model, **figures, **counts}
+
+
+def draw(rows, path):
+    """Accuracies with their intervals as bars."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    values = [row["accuracy"] for row in rows]
+    reach = [
+        [row["accuracy"] - row["low"] for row in rows],
+        [row["high"] - row["accuracy"] for row in rows],
+    ]
+    bars = axes.bar([row["model"] for row in rows], values, width=0.6)
+    axes.bar_label(bars, [f"{v:.1%}" for v in values], label_type="center")
+    axes.errorbar(
+        range(len(rows)), values, reach, fmt="none", color="black", capsize=6
+    )
+    axes.axhline(rows[0]["chance"], color="black", linestyle=":")
+    axes.set_ylabel("zero-shot accuracy, 95 % interval; dotted: chance")
+    figure.savefig(path, dpi=120)
 
 
 def main():
@@ -64,22 +119,24 @@ def main():
         subprocess.run(
             [sys.executable, *words[1:]], check=True, env=environment
         )
-    rows = [summarize("teacher")]
+    rows = [summarize(model, folder) for model, folder in MODELS.items()]
     write_json(rows, f"{FOLDER}/summary.json")
+    draw(rows, f"{FOLDER}/summary.png")
     print(f"\n{'model':10}{'accuracy':>10}{'95 % interval':>18}", end="")
-    print(f"{'chance':>8}{'pairs':>8}")
+    print(f"{'chance':>8}{'pairs':>8}{'curated':>9}")
     for row in rows:
         interval = f"{row['low']:.1%} to {row['high']:.1%}"
         print(
             f"{row['model']:10}{row['accuracy']:>10.1%}{interval:>18}"
-            f"{row['chance']:>8.1%}{row['pairs']:>8}"
+            f"{row['chance']:>8.1%}{row['pairs']:>8}{row['curated']:>9}"
         )
     print("\nTo look at:")
     for path in (
         "summary.json",
+        "summary.png",
         "teacher/train_history.png",
         "teacher_zeroshot/confusion_matrix.png",
-        "teacher_zeroshot/predictions.csv",
+        "student_ads_soft_zeroshot/predictions.csv",
         "embeddings/save/audioset_insper_duv2_report.png",
         "embeddings/save/demo_insper_audioset_dudsv3_curation.csv",
         "data/pairs",

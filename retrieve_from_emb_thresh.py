@@ -338,9 +338,11 @@ def written_whole(path, is_wanted=True):
         with open(partial, "w", encoding="utf-8", newline="") as file:
             yield file
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.remove(partial)
+        if isinstance(error, OSError):
+            raise OSError(f"{path} cannot be written: {error}") from error
         raise
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -232,6 +233,8 @@ class EmbeddingWriter:
 
     Raises
     ------
+    OSError
+        The disk has not enough space.
     ValueError
         The folder holds this store, or part of it, of other settings; the
         message names those that differ.
@@ -252,6 +255,8 @@ class EmbeddingWriter:
                 (np.uint8, (num_items,)),
                 (np.float64, (num_items,)),
             )
+            # Twice: these rows, and those of the finished store.
+            _check_space(folder, 2 * 2 * num_items * size)
             for path, (dtype, shape) in zip(paths, kinds):
                 np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
             _write_json({"settings": self.settings}, record)
@@ -487,6 +492,21 @@ def read_captions(path, flag):
         raise ValueError(f"--{flag}={path} has no captions")
     columns = [c for c in ("ID", "wav_path", "caption") if c in table]
     return table[columns]
+
+
+def _check_space(folder, needed):
+    """Raise if a disk has fewer bytes free than are needed.
+
+    A memory-mapped file takes its space only when it is written to, and a disk
+    that is full by then kills the process.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"The disk of {folder} has {free / 1e9:.3f} GB free, and the "
+            f"embeddings need {needed / 1e9:.3f} GB while they are made: free "
+            "some, or give another --output_folder"
+        )
 
 
 def _write_json(content, path):

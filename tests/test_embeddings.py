@@ -14,7 +14,12 @@ from conftest import NETWORK, ROOT, write_noise
 
 import microsoft_curation_toemb
 import retrieve_ds_t2t
-from curation.embeddings import check_same_weights, open_embeddings
+import retrieve_from_emb_thresh
+from curation.embeddings import (
+    EmbeddingWriter,
+    check_same_weights,
+    open_embeddings,
+)
 from dataset.audio import AudioReader
 from dataset.text import CaptionTokenizer
 from models.weights import AtomicCheckpointer
@@ -390,3 +395,41 @@ def test_automatic_precision_takes_what_is_faster(monkeypatch, fast, precision):
     for wrong in ("fp16", "half"):
         with pytest.raises(SystemExit, match="auto, fp32, bf16"):
             choose(wrong, "cpu")
+
+
+# ---- A full disk -----------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("may not mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_work(small_disk):
+    settings = {"weights": "a"}
+    with pytest.raises(OSError, match=r"need 0\.\d+ GB .*--output_folder"):
+        EmbeddingWriter(small_disk, "audio", 1000, 20, settings)
+    assert not list(small_disk.iterdir())
+    EmbeddingWriter(small_disk, "audio", 100, 20, settings)
+
+
+def test_a_disk_that_fills_leaves_no_half_csv(small_disk):
+    path = small_disk / "pairs.csv"
+    path.write_text("of the run before")
+    with (
+        pytest.raises(OSError, match=r"pairs\.csv cannot be written"),
+        retrieve_from_emb_thresh.written_whole(path) as file,
+    ):
+        for _ in range(1000):
+            file.write("a line of a CSV file " * 10)
+    assert path.read_text() == "of the run before"
+    assert [file.name for file in small_disk.iterdir()] == ["pairs.csv"]
