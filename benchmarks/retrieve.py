@@ -12,8 +12,6 @@ times stands what the product alone would take at the machine's own speed.
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +20,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from benchmarks.measure import (
+    in_process,
+    median,
+    peak_memory,
+    processor,
+    product_speed,
+)
 from curation.embeddings import write_store
 
 HPARAMS = "hparams/curation/audioset_insper_duv2_retr.yaml"
@@ -102,31 +107,7 @@ def run_side(side, folder, threshold):
     begin = time.perf_counter()
     {"ours": ours, "ordinary": ordinary}[side](folder, threshold)
     seconds = time.perf_counter() - begin
-    # Not getrusage's maximum, in which a process inherits its parent's.
-    with open("/proc/self/status") as file:
-        [peak] = [line.split()[1] for line in file if "VmHWM" in line]
-    print(json.dumps({"seconds": seconds, "peak_bytes": int(peak) * 1024}))
-
-
-def measure(side, folder, threshold):
-    """One run of one side in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.retrieve", "--side", side]
-    command += ["--folder", folder, "--threshold", repr(threshold)]
-    output = subprocess.run(
-        command, check=True, capture_output=True, text=True
-    ).stdout
-    return json.loads(output.splitlines()[-1])
-
-
-def product_speed(dtype, rows=4096):
-    """FLOP/s of a product of blocks, the best of five."""
-    a = torch.randn(rows, SIZE).to(dtype)
-    times = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        _ = a @ a.T
-        times.append(time.perf_counter() - begin)
-    return 2 * rows * rows * SIZE / min(times)
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak_memory()}))
 
 
 def pairs_of(path):
@@ -153,9 +134,12 @@ def main(argv):
         sides = {"ordinary": [], "ours": []}
         for _ in range(args.runs):
             for side, runs in sides.items():
-                runs.append(measure(side, folder, threshold))
+                flags = ["--side", side, "--folder", folder]
+                flags += ["--threshold", repr(threshold)]
+                runs.append(in_process("benchmarks.retrieve", flags))
         found = pairs_of(f"{folder}/audioset_insper_duv2_curation.csv")
         expected = pairs_of(f"{folder}/ordinary.csv")
+    print(processor())
     print(f"{args.audio} x {args.text} x {SIZE}, threshold {threshold:.4f}")
     print(f"pairs: {len(found)}; in one of the two: {len(found ^ expected)}")
     flop = 2 * args.audio * args.text * SIZE
@@ -167,8 +151,8 @@ def main(argv):
         )
     medians = {}
     for side, runs in sides.items():
-        medians[side] = statistics.median(r["seconds"] for r in runs)
-        peak = statistics.median(r["peak_bytes"] for r in runs) / 2**20
+        medians[side] = median(runs, "seconds")
+        peak = median(runs, "peak_bytes") / 2**20
         print(f"{side}: {medians[side]:.1f} s, peak {peak:.0f} MiB")
     print(f"ratio: {medians['ordinary'] / medians['ours']:.2f}")
 

@@ -574,11 +574,11 @@ STUDIO = Domain(
     backgrounds=("hiss", "rumble"),
 )
 FIELD = Domain(
-    pitch=(0.2, 1),
+    pitch=(0.1, 1),
     level=(-27, -6),
-    snr=(3, 18),
-    reverb=(0.15, 0.6),
-    bandwidth=(3000, 8000),
+    snr=(8, 25),
+    reverb=(0.05, 0.35),
+    bandwidth=(4500, 9000),
     backgrounds=("fan", "crowd", "traffic"),
 )
 

@@ -1,0 +1,285 @@
+"""Embedding of captions and clips, by the script and the ordinary way.
+
+    python -m benchmarks.embed [--captions 1024] [--clips 64] [--runs 3]
+
+The full-size model, BERT-base and CNN14 at 44.1 kHz and 5 s, with random
+weights; captions with the lengths of AudioCaps' (in BERT's tokens), clips of
+noise, WAV files of 10 s at 48 kHz. Timed is what lies between the loaded model
+and the finished .npy, after a warm-up.
+
+The ordinary way pads every caption to 100 tokens, reads every file whole,
+resamples it with a new resampler and takes five seconds of it, computes the
+spectrogram's DFT as a convolution (torchlibrosa), and all in fp32, in batches
+of 64 as they come. It is run twice: as a user would (A), and with the
+allocator's setting that the script makes for itself (B).
+
+The script runs in fp32 and in bf16; whether bf16 is the faster one depends on
+the processor (--precision=auto finds out).
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+
+import numpy as np
+import pandas as pd
+import soundfile
+import torch
+import torchaudio
+
+from benchmarks.measure import (
+    KEEPING,
+    in_process,
+    median,
+    processor,
+    product_speed,
+)
+
+HPARAMS = "hparams/curation/microsoft_audioset_insper_toemb.yaml"
+# Captions of AudioCaps' training set by their number of tokens, from 4 on,
+# [CLS] and [SEP] included (the longest 0.4 % are left out).
+LENGTHS = [162, 1317, 2740, 4153, 4486, 5166, 5143, 4737, 4006, 3357, 2923]
+LENGTHS += [2353, 1929, 1524, 1176, 966, 775, 627, 495, 365, 306, 250, 200]
+LENGTHS += [153, 129, 97, 84]
+SECONDS, RATE = 10, 48000
+ROWS = 64  # of a batch, the ordinary way
+SIDES = {
+    "ordinary (A)": ("ordinary", "fp32", {}),
+    "ordinary (B)": ("ordinary", "fp32", KEEPING),
+    "script, fp32": ("ours", "fp32", {}),
+    "script, bf16": ("ours", "bf16", {}),
+}
+
+
+def make_world(folder, n_captions, n_clips):
+    """Captions, clips, a tokenizer and weights, the same at every run."""
+    from transformers import BertConfig
+
+    from dataset.text_model import make_text_model
+    from models.clap import CLAP
+    from models.weights import export_microsoft
+
+    rng = np.random.default_rng(0)
+    words = [f"w{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(676)]
+    shares = np.array(LENGTHS) / sum(LENGTHS)
+    lengths = rng.choice(len(LENGTHS), n_captions, p=shares) + 2
+    captions = [" ".join(rng.choice(words, length)) for length in lengths]
+    table = pd.DataFrame({"caption": captions})
+    table.to_csv(f"{folder}/captions.csv", index=False)
+    make_text_model(words, f"{folder}/text_model")
+    # BERT-base's own size, with the small tokenizer beside it.
+    BertConfig().save_pretrained(f"{folder}/text_model")
+    paths = [f"{folder}/{i}.wav" for i in range(n_clips)]
+    for path in paths:
+        noise = rng.uniform(-0.3, 0.3, SECONDS * RATE)
+        soundfile.write(path, noise.astype(np.float32), RATE)
+    with open(f"{folder}/audio.txt", "w") as file:
+        file.writelines(f"{path}\n" for path in paths)
+    torch.manual_seed(0)
+    clap = CLAP(f"{folder}/text_model", text_pretrained=False)
+    export_microsoft(clap, f"{folder}/clap.pth")
+
+
+def flags_of(folder, precision):
+    """Command line of the script, with its own defaults where they matter."""
+    return [
+        HPARAMS,
+        f"--text_model={folder}/text_model",
+        f"--clap_ckpt_path={folder}/clap.pth",
+        f"--output_folder={folder}/{precision}",
+        f"--audio_pathfile={folder}/audio.txt",
+        f"--text_pathfile={folder}/captions.csv",
+        f"--num_workers={os.cpu_count()}",
+        f"--precision={precision}",
+    ]
+
+
+def ours(folder, precision):
+    """The script's own two steps, timed.
+
+    Returns
+    -------
+    dict
+        Seconds of both.
+    """
+    import experiment
+    import microsoft_curation_toemb as script
+
+    hparams, run_opts = experiment.start(flags_of(folder, precision))
+    run_opts["precision"] = precision
+    brain = script.EmbeddingBrain(
+        modules={"clap": hparams["clap"]}, hparams=hparams, run_opts=run_opts
+    )
+    hparams["load_weights"]()
+    brain.modules.eval()
+    brain.weights_hash = "of the benchmark"
+    script.keep_weights_in(hparams["clap"], precision)
+    table = script.read_captions(hparams["text_pathfile"], "text_pathfile")
+    paths = script.read_audio_list(hparams["audio_pathfile"])
+    brain.embed_text(table["caption"][: hparams["text_bs"]].tolist())
+    brain.embed_audio(torch.zeros(hparams["audio_bs"], 220500))
+    times = {}
+    for kind, dump, items in (
+        ("text", brain.dump_text, table),
+        ("audio", brain.dump_audio, paths),
+    ):
+        begin = time.perf_counter()
+        dump(items)
+        times[kind] = time.perf_counter() - begin
+    return times
+
+
+class Convolved(torch.nn.Module):
+    """The front end whose DFT is a convolution, with the model's filterbank."""
+
+    def __init__(self, melW):
+        super().__init__()
+        import torchlibrosa
+
+        self.spectrogram = torchlibrosa.stft.Spectrogram(1024, 320)
+        self.melW = melW
+
+    def forward(self, wavs):
+        """(batch, samples) -> (batch, frames, mel bands) in decibels."""
+        mel = self.spectrogram(wavs)[:, 0] @ self.melW
+        return 10 * mel.clamp(min=1e-10).log10()
+
+
+@torch.no_grad()
+def ordinary(folder, precision):
+    """The baseline of the docstring.
+
+    Returns
+    -------
+    dict
+        Seconds of both.
+    """
+    from transformers import AutoTokenizer
+
+    from models.clap import CLAP
+    from models.weights import load_weights
+
+    clap = CLAP(f"{folder}/text_model", text_pretrained=False)
+    load_weights(clap, clap_ckpt_path=f"{folder}/clap.pth")
+    clap.eval()
+    base = clap.audio_encoder.base
+    base.logmel_extractor = Convolved(base.logmel_extractor.melW)
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/text_model")
+    captions = pd.read_csv(f"{folder}/captions.csv")["caption"].tolist()
+    with open(f"{folder}/audio.txt") as file:
+        paths = file.read().splitlines()
+
+    def encode_text(texts):
+        tokens = tokenizer(
+            texts, padding="max_length", max_length=100, return_tensors="pt"
+        )
+        return clap.encode_text(dict(tokens))
+
+    def encode_audio(some):
+        windows = []
+        for path in some:
+            samples, rate = soundfile.read(path, dtype="float32")
+            resample = torchaudio.transforms.Resample(rate, 44100)
+            whole = resample(torch.from_numpy(samples))
+            begin = (len(whole) - 220500) // 2
+            windows.append(whole[begin : begin + 220500])
+        return clap.encode_audio(torch.stack(windows))
+
+    times = {}
+    for kind, encode, items in (
+        ("text", encode_text, captions),
+        ("audio", encode_audio, paths),
+    ):
+        encode(items[:ROWS])
+        begin = time.perf_counter()
+        parts = [
+            encode(items[i : i + ROWS]) for i in range(0, len(items), ROWS)
+        ]
+        embeddings = torch.cat(parts).numpy()
+        np.save(f"{folder}/ordinary_{kind}.npy", embeddings)
+        times[kind] = time.perf_counter() - begin
+    return times
+
+
+def flop_of_a_clip():
+    """FLOP of the audio encoder for one window, counted by PyTorch."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from models.cnn14 import CNN14
+
+    network = CNN14().eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 220500))
+    return counter.get_total_flops()
+
+
+def cosines(folder, precision, kind):
+    """Lowest and mean cosine between the script's rows and the ordinary."""
+    stem = {"text": "text_insper", "audio": "audio_audioset"}[kind]
+    path = f"{folder}/{precision}/save/{stem}_embeddings.npy"
+    a = np.load(path).astype(np.float64)
+    b = np.load(f"{folder}/ordinary_{kind}.npy").astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosine = (a * b).sum(axis=1) / norms
+    return float(cosine.min()), float(cosine.mean())
+
+
+def main(argv):
+    """Measure all sides in turn and print the medians."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.embed")
+    parser.add_argument("--captions", type=int, default=1024)
+    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--precision", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.side:
+        run = {"ours": ours, "ordinary": ordinary}[args.side]
+        print(json.dumps(run(args.folder, args.precision)))
+        return
+    runs = {side: [] for side in SIDES}
+    with tempfile.TemporaryDirectory() as folder:
+        make_world(folder, args.captions, args.clips)
+        for _ in range(args.runs):
+            for side, (name, precision, environment) in SIDES.items():
+                # A finished store would not be made again.
+                if name == "ours":
+                    shutil.rmtree(f"{folder}/{precision}", ignore_errors=True)
+                flags = ["--side", name, "--folder", folder]
+                flags += ["--precision", precision]
+                runs[side].append(
+                    in_process("benchmarks.embed", flags, environment)
+                )
+        close = {
+            (precision, kind): cosines(folder, precision, kind)
+            for precision in ("fp32", "bf16")
+            for kind in ("text", "audio")
+        }
+    print(processor())
+    for name in ("float32", "bfloat16"):
+        speed = product_speed(getattr(torch, name))
+        print(f"product of matrices, {name}: {speed / 1e9:.0f} GFLOP/s")
+    flop = flop_of_a_clip()
+    print(f"audio encoder: {flop / 1e9:.1f} GFLOP a clip")
+    for kind, count in (("text", args.captions), ("audio", args.clips)):
+        print(f"{kind}: {count} of them, median of {args.runs}")
+        speeds = {s: count / median(r, kind) for s, r in runs.items()}
+        for side, (name, precision, _) in SIDES.items():
+            line = f"  {side:14}{speeds[side]:8.2f} a second"
+            if name == "ours":
+                ratios = [speeds[side] / speeds[o] for o in list(SIDES)[:2]]
+                line += f", A {ratios[0]:.2f}, B {ratios[1]:.2f}"
+                low, mean = close[precision, kind]
+                line += f"; cosine {low:.6f} at least, {mean:.6f} on average"
+            if kind == "audio":
+                line += f"; {flop * speeds[side] / 1e9:.0f} GFLOP/s"
+            print(line)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
