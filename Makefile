@@ -1,4 +1,4 @@
-# make demo: a small teacher trained and evaluated, from nothing
+# make demo: a small teacher, curation and students, from nothing
 # make test: the tests
 # Both make .venv and install the pinned requirements first.
 

@@ -37,7 +37,7 @@ import soundfile
 
 from dataset.text_model import make_text_model
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 SETTINGS_FILE = "synthetic.json"
 FOLDS = 5
 CORPUS_SIZE = 800
