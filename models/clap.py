@@ -95,7 +95,7 @@ class CLAP(nn.Module):
     duration : float
         Length in seconds of the windows that the model is made for. The
         network takes any; the scripts cut audio to this.
-    window_size, hop_size, mel_bins, fmin, fmax, width
+    window_size, hop_size, mel_bins, fmin, fmax, width, dropout_factor
         As `CNN14`.
     d_proj : int
         Size of the joint space.
@@ -120,6 +120,7 @@ class CLAP(nn.Module):
         fmin=50,
         fmax=14000,
         width=64,
+        dropout_factor=1.0,
         d_proj=1024,
         freeze_audio_encoder=False,
         freeze_text_encoder=False,
@@ -134,7 +135,14 @@ class CLAP(nn.Module):
         self.duration = duration
         self.d_proj = d_proj
         cnn14 = CNN14(
-            sample_rate, window_size, hop_size, mel_bins, fmin, fmax, width
+            sample_rate,
+            window_size,
+            hop_size,
+            mel_bins,
+            fmin,
+            fmax,
+            width,
+            dropout_factor,
         )
         if text_pretrained:
             bert = AutoModel.from_pretrained(text_model, dtype=torch.float32)

@@ -4,6 +4,7 @@ import logging
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -156,6 +157,26 @@ def final_state(folder):
 
     path = find_checkpoint(pathlib.Path(folder) / "save", "latest")
     return torch.load(path, weights_only=True)
+
+
+def torchrun(script, flags):
+    """Run a script's command line in two gloo processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *("--nproc_per_node=2", f"--master_port={port}"),
+            *(script, *flags),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def check_resume(script, whole, killed, tmp_path):

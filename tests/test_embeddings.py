@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import NETWORK, ROOT, write_noise
+from conftest import NETWORK, ROOT, torchrun, write_noise
 
 import microsoft_curation_toemb
 import retrieve_ds_t2t
@@ -180,22 +180,10 @@ def test_killed_and_resumed_gives_the_same_bytes(
 def test_two_processes_give_the_same_bytes(embed, tmp_path):
     whole = embed("whole")
 
-    def torchrun(flags):
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run"),
-                "--nproc_per_node=2",
-                "--master_port=29518",
-                "microsoft_curation_toemb.py",
-                *flags,
-            ],
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-            timeout=120,
-        )
+    def main(flags):
+        torchrun("microsoft_curation_toemb.py", flags)
 
-    assert contents(embed("two", main=torchrun)) == contents(whole)
+    assert contents(embed("two", main=main)) == contents(whole)
 
 
 def test_a_finished_store_is_kept_and_another_refused(embed, world):

@@ -193,3 +193,19 @@ def test_the_first_convolution_is_in_fp32_under_autocast():
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(block.conv1(spectrogram), expected)
             assert block.conv2(expected).dtype == torch.bfloat16
+
+
+def test_dropout_factor():
+    torch.manual_seed(0)
+    wavs = torch.randn(2, 16000)
+    for factor, repeats in ((0, True), (1, False)):
+        network = CNN14(16000, fmax=8000, width=2, dropout_factor=factor)
+        assert torch.equal(network(wavs), network(wavs)) == repeats
+    # Half of the last layer's outputs at the published rate, a quarter here.
+    network = CNN14(16000, fmax=8000, width=2, dropout_factor=0.5)
+    torch.nn.init.ones_(network.fc1.bias)
+    torch.nn.init.zeros_(network.fc1.weight)
+    zeros = (network(wavs.repeat(32, 1)) == 0).float().mean()
+    assert zeros == pytest.approx(0.25, abs=0.03)
+    with pytest.raises(ValueError, match="dropout_factor=2"):
+        CNN14(16000, fmax=8000, dropout_factor=2)

@@ -3,13 +3,11 @@
 import csv
 import itertools
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, torchrun
 from matplotlib.figure import Figure
 
 import retrieve_from_emb_thresh as script
@@ -373,19 +371,12 @@ def test_torchrun_shares_the_search(run, folder, flags):
         if path.is_file():
             path.unlink()
     flags = {"emb_dir": folder, "sim_threshold": THRESHOLD, **flags}
-    subprocess.run(
+    torchrun(
+        "retrieve_from_emb_thresh.py",
         [
-            *(sys.executable, "-m", "torch.distributed.run"),
-            "--nproc_per_node=2",
-            "--master_port=29523",
-            "retrieve_from_emb_thresh.py",
             str(CURATION / f"{DU}_retr.yaml"),
             *(f"--{key}={value}" for key, value in flags.items()),
         ],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        timeout=120,
     )
     with open(folder / f"{DU}_curation.csv", newline="") as file:
         assert list(csv.reader(file)) == rows

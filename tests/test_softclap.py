@@ -1,13 +1,17 @@
 """Training of students by the real command line, on tones with captions."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, check_resume, final_state, history, write_esc_layout
+from conftest import (
+    ROOT,
+    check_resume,
+    final_state,
+    history,
+    torchrun,
+    write_esc_layout,
+)
 
 import microsoft_clap_train
 import softclap_train
@@ -239,18 +243,9 @@ def test_curated_audio_that_is_gone(student, tones, tmp_path):
 
 def test_torchrun_shares_a_student(student, tmp_path):
     """Two gloo processes, the targets gathered over both."""
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run"),
-            "--nproc_per_node=2",
-            "--master_port=29521",
-            "softclap_train.py",
-            *argv(STUDENT, student, curation_prob=0, curation_csv=None),
-        ],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        timeout=120,
+    torchrun(
+        "softclap_train.py",
+        argv(STUDENT, student, curation_prob=0, curation_csv=None),
     )
     assert history(tmp_path / "run")["train_data_points"].tolist() == [32, 64]
     assert not any("module." in k for k in final_state(tmp_path / "run"))
