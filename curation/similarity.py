@@ -30,6 +30,22 @@ number: rounding keeps the order, so none falls below the limit by it.
 
 The same margins tell how far the histogram of all similarities may be off,
 which is made from the fast product.
+
+Fewer dimensions
+----------------
+Where no histogram is asked for, bounds are enough. With Q the first k joint
+principal axes of both sides, a vector is Q times its coordinates x plus a
+residual; axes are orthogonal, so by Cauchy-Schwarz
+
+    a . b <= x(a) . x(b) + |residual(a)| |residual(b)|
+
+which is the dot product of the coordinates with the residual's norm as one
+more. These short vectors take the place of the long ones in the fast product;
+what they cannot exclude is decided exactly as before. Coordinates and residuals
+are computed in float64: that, and axes that are orthogonal to 1e-12 only, move
+the bound by less than 1e-10 of the norms, for which the last term above has
+room. Embeddings of trained models lie near a few axes. How many to take is
+found from a sample, and whether it pays at all.
 """
 
 import dataclasses
@@ -46,6 +62,11 @@ _MAX_ROWS = {"cpu": 4096, "cuda": 16384}
 _CACHE_BYTES = 400 * 2**20  # of text blocks on a CPU
 _MAX_CANDIDATES = 2**20  # of one block of audio rows against all texts
 _PAIRS_AT_ONCE = {"cpu": 128, "cuda": 2**16}  # rows that a cache holds
+_SAMPLE_ROWS = 2048  # of each side, to choose principal axes
+# Axes to try; with the residual a multiple of 16.
+_NUM_AXES = (63, 127, 255, 511)
+# An exact decision takes as long as so many similarities in a fast product.
+_COST_OF_CANDIDATE = 500
 
 
 class Tally:
@@ -162,9 +183,10 @@ class _Rows:
     exact : torch.Tensor
         (rows, d) on the grid, fp16 if that holds them, else fp32.
     fast : torch.Tensor
-        The same in the format of the fast product.
+        The same in the format of the fast product, or (rows, k + 1)
+        coordinates and residual if axes are used.
     norm, lost : float
-        Largest norm of a row, and of what `fast` took away from one.
+        Largest norm of a row, and of what the format of `fast` took away.
     """
 
     begin: int
@@ -292,11 +314,17 @@ def pairs_over(
     if not n_audio or not n_text:
         return
     audio_bs, text_bs = (min(n, _MAX_ROWS[kind]) for n in (audio_bs, text_bs))
-    width = np.asarray(text_block(0, 1)).shape[1]
+    samples = _sample(audio_block, n_audio), _sample(text_block, n_text)
+    width = samples[1].shape[1]
+    axes = None
+    if not with_report:
+        axes = _principal_axes(*samples, threshold)
+        axes = axes if axes is None else axes.to(device)
     dtype = _fast_dtype(precision, kind, width)
 
     def read_text(begin, end):
-        return _prepare(text_block(begin, end), begin, dtype, device, "text")
+        vectors = text_block(begin, end)
+        return _prepare(vectors, begin, dtype, device, "text", axes)
 
     room = _CACHE_BYTES
     if kind == "cuda":
@@ -304,7 +332,7 @@ def pairs_over(
     texts = _Blocks(read_text, n_text, text_bs, room)
     for begin in range(0, n_audio, audio_bs):
         vectors = audio_block(begin, min(begin + audio_bs, n_audio))
-        rows = _prepare(vectors, begin, dtype, device, "audio")
+        rows = _prepare(vectors, begin, dtype, device, "audio", axes)
         for pairs in _pairs_of(rows, texts, tally, with_report):
             tally.add_pairs(*pairs)
             yield pairs
@@ -356,6 +384,9 @@ def _pairs_of(rows, texts, tally, with_report):
             best = np.array([_argmax(product)])
             highest = _exact_of(rows, block, best)[2].item()
             tally.highest = max(tally.highest, highest)
+            # Bounds may exceed the similarities by more than the margin.
+            bound = product.view(-1)[best[0]].item() + margin
+            tally.margin = max(tally.margin, bound - highest)
         if with_report:
             seen.add(product, block.begin)
         audio, text, similarities = _exact_of(rows, block, flat)
@@ -370,8 +401,61 @@ def _pairs_of(rows, texts, tally, with_report):
     yield audio[order], text[order], similarities[order]
 
 
-def _prepare(vectors, begin, dtype, device, kind):
-    """Put vectors on the grid and round them to the fast format."""
+def _sample(read, count):
+    """Rows from all over, (at most 2048, d) float64."""
+    size = _SAMPLE_ROWS // 8
+    begins = [i * (count - size) // 7 for i in range(8)]
+    if count <= _SAMPLE_ROWS:
+        begins, size = [0], count
+    blocks = [np.asarray(read(begin, begin + size)) for begin in begins]
+    return torch.from_numpy(np.concatenate(blocks).astype(np.float64))
+
+
+def _principal_axes(audio, text, threshold):
+    """The axes with which the search is expected to be the fastest.
+
+    Arguments
+    ---------
+    audio, text : torch.Tensor
+        (rows, d) float64 samples of both sides.
+    threshold : float
+
+    Returns
+    -------
+    torch.Tensor
+        (d, k) float64 orthonormal columns; None if the whole product is
+        faster.
+    """
+    width = audio.shape[1]
+    moments = audio.T @ audio / len(audio) + text.T @ text / len(text)
+    if not moments.isfinite().all():
+        return None  # the error comes with the row, and names it
+    axes = torch.linalg.eigh(moments)[1].flip(1)
+    best, least = None, 0.7
+    for count in _NUM_AXES:
+        if count >= width:
+            break
+        some = axes[:, :count].contiguous()
+        bounds = _short(audio, some) @ _short(text, some).T
+        candidates = (bounds >= threshold).double().mean().item()
+        cost = (count + 1) / width + _COST_OF_CANDIDATE * candidates
+        if cost < least:
+            best, least = some, cost
+    return best
+
+
+def _short(vectors, axes):
+    """Coordinates and the residual's norm, (rows, k + 1) float64."""
+    vectors = vectors.double()
+    coordinates = vectors @ axes
+    residual = torch.linalg.vector_norm(
+        vectors - coordinates @ axes.T, dim=1, keepdim=True
+    )
+    return torch.cat([coordinates, residual], dim=1)
+
+
+def _prepare(vectors, begin, dtype, device, kind, axes=None):
+    """Put vectors on the grid and round them, or bounds, to the fast format."""
     exact = torch.as_tensor(np.asarray(vectors), device=device).float()
     exact = exact.mul(GRID).round_().div_(GRID)
     norm = _largest_norm(exact)
@@ -380,12 +464,15 @@ def _prepare(vectors, begin, dtype, device, kind):
             f"Of the {kind} rows {begin} to {begin + len(exact) - 1} one is "
             f"not finite or its norm exceeds {_MAX_NORM:g}"
         )
+    whole = exact
+    if axes is not None:
+        whole = _short(exact, axes)
+        norm = max(norm, _largest_norm(whole))
+    fast = whole.to(dtype)
     if dtype == torch.float32:
         # Bits that the product may ignore are cleared, and their loss counted.
-        fast = (exact.view(torch.int32) & -(2 ** _ignored_bits())).view(dtype)
-    else:
-        fast = exact.to(dtype)
-    lost = _largest_norm(exact - fast.float())
+        fast = (fast.view(torch.int32) & -(2 ** _ignored_bits())).view(dtype)
+    lost = _largest_norm(whole - fast.to(whole.dtype))
     half = exact.half()
     if torch.equal(half.float(), exact):
         exact = half
@@ -457,7 +544,7 @@ def _product(audio, text):
 
 def _margin(audio, text):
     """Largest error of the fast product before its rounding (see above)."""
-    width = audio.exact.shape[1]
+    width = audio.fast.shape[1]
     audio_norm, text_norm = audio.norm + audio.lost, text.norm + text.lost
     return (
         audio.lost * text.norm

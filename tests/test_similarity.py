@@ -80,6 +80,104 @@ def test_pairs_are_those_of_a_naive_product(
     assert_pairs(found, naive, THRESHOLD)
 
 
+def low_rank(vectors, count=8, scale=0.1):
+    """Vectors that lie near a few axes, as those of a trained model."""
+    rng = np.random.default_rng(4)
+    axes = np.linalg.qr(rng.standard_normal((64, 64)))[0]
+    scales = np.where(np.arange(64) < count, 1, scale)
+    moved = [unit(v.astype(np.float64) * scales @ axes) for v in vectors]
+    return [v.astype(np.float16) for v in moved]
+
+
+@pytest.fixture
+def few_axes(monkeypatch):
+    """Searches in so few dimensions, whatever they cost."""
+    used = []
+
+    def take(count):
+        choose = similarity._principal_axes
+
+        def choose_and_note(*args):
+            used.append(choose(*args))
+            return used[-1]
+
+        monkeypatch.setattr(similarity, "_NUM_AXES", (count,))
+        monkeypatch.setattr(similarity, "_COST_OF_CANDIDATE", 0)
+        monkeypatch.setattr(similarity, "_principal_axes", choose_and_note)
+        return used
+
+    return take
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("count", [1, 7, 15])
+def test_fewer_dimensions_find_the_same_pairs(
+    vectors, few_axes, count, precision
+):
+    used = few_axes(count)
+    low = low_rank(vectors)
+    low[1][3] = 0
+    naive = low[0].astype(np.float64) @ low[1].astype(np.float64).T
+    for limit in np.sort(naive[naive > 0.9])[:20]:
+        for blocks in BLOCKS[2:]:
+            found = search(
+                low, limit, audio_bs=blocks[0], text_bs=blocks[1],
+                precision=precision,
+            )  # fmt: skip
+            assert_pairs(found, naive, limit)
+    assert all(axes.shape == (64, count) for axes in used)
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.3, 1])
+def test_axes_are_orthonormal_and_products_bounded(vectors, few_axes, scale):
+    used = few_axes(7)
+    low = low_rank(vectors, scale=scale)
+    search(low, 0.9)
+    torch.testing.assert_close(
+        used[0].T @ used[0],
+        torch.eye(7, dtype=torch.float64),
+        atol=1e-12,
+        rtol=0,
+    )
+    sides = [torch.from_numpy(v).double() for v in low]
+    short = [similarity._short(side, used[0]) for side in sides]
+    bounds, exact = short[0] @ short[1].T, sides[0] @ sides[1].T
+    assert (bounds >= exact - 1e-12).all()
+    # As near as the residuals allow: with none left, they are equal.
+    gap = 2 * short[0][:, -1:] * short[1][:, -1]
+    assert (bounds <= exact + gap + 1e-12).all()
+
+
+def test_axes_are_taken_where_they_pay():
+    rng = np.random.default_rng(0)
+
+    def rows(scales):
+        vectors = unit(rng.standard_normal((500, 256)) * scales)
+        return torch.from_numpy(vectors)
+
+    even = rows(1), rows(1)
+    assert similarity._principal_axes(*even, 0.5) is None
+    # 256 dimensions, of which 40 matter.
+    scales = np.where(np.arange(256) < 40, 1, 0.01)
+    few = rows(scales), rows(scales)
+    assert similarity._principal_axes(*few, 0.7).shape == (256, 63)
+    # But not if there is more to decide than to exclude.
+    assert similarity._principal_axes(*few, 0.1) is None
+    few[1][7, 3] = torch.nan
+    assert similarity._principal_axes(*few, 0.7) is None
+
+
+def test_highest_similarity_by_fewer_dimensions(vectors, few_axes):
+    used = few_axes(3)
+    low = low_rank(vectors, scale=0.5)
+    naive = low[0].astype(np.float64) @ low[1].astype(np.float64).T
+    tally = Tally(200)
+    found = search(low, 0.9999, tally, audio_bs=50, text_bs=64)
+    assert used[0] is not None and len(found[0]) == 0
+    assert tally.highest in naive
+    assert naive.max() - tally.margin <= tally.highest <= naive.max()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_pair_at_the_threshold_is_kept(vectors, naive, precision):
     rng = np.random.default_rng(0)
