@@ -37,7 +37,7 @@ _INPUT_SUFFIXES = ("_path", "_pathfile", "_csv", "_dir", "_folder")
 _OUTPUTS = ("output_folder", "save_folder")
 
 
-def start(argv):
+def start(argv, keeps_memory=True):
     """Everything between the command line and a script's own work.
 
     Joins the process group where torchrun started several, names the output
@@ -47,6 +47,9 @@ def start(argv):
     ---------
     argv : list of str
         Command line without the script's name.
+    keeps_memory : bool
+        Whether freed memory is kept for the next step: see
+        `keep_freed_memory`. Right for networks, whose steps are all alike.
 
     Returns
     -------
@@ -59,7 +62,8 @@ def start(argv):
     SystemExit
         The command line is wrong; the message says what and names the flag.
     """
-    keep_freed_memory()
+    if keeps_memory:
+        keep_freed_memory()
     # Loader processes are forked after the tokenizer was used.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     hparams_file, run_opts, overrides = parse_arguments(argv)
@@ -319,7 +323,7 @@ def keep_freed_memory():
     # Numbers of the parameters in <malloc.h>; the values are C ints.
     trim_threshold, top_pad, mmap_max = -1, -2, -4
     mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(trim_threshold, -1)  # never
     mallopt(top_pad, 2**28)
 
 

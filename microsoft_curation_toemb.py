@@ -46,6 +46,7 @@ from models.zeroshot import text_embeddings
 logger = logging.getLogger(__name__)
 
 AUDIO, TEXT = "audio_audioset", "text_insper"
+CPU_BATCH = 16  # windows that a CPU encodes at once
 
 
 class EmbeddingBrain(sb.Brain):
@@ -54,9 +55,15 @@ class EmbeddingBrain(sb.Brain):
     @torch.inference_mode()
     def embed_audio(self, windows):
         """(items, samples) -> (items, d_proj) unit-norm."""
+        # The buffers of larger batches take a CPU longer than its products.
+        size = len(windows) if self.device_type == "cuda" else CPU_BATCH
         with self.training_ctx:
             windows = windows.to(self.device, non_blocking=True)
-            return self.modules.clap.encode_audio(windows)
+            parts = [
+                self.modules.clap.encode_audio(part)
+                for part in windows.split(size)
+            ]
+            return torch.cat(parts)
 
     def embed_text(self, captions):
         """List of captions -> (captions, d_proj) unit-norm."""

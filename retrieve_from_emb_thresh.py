@@ -37,7 +37,13 @@ from tqdm import tqdm
 import experiment
 from curation.embeddings import check_same_weights, open_embeddings
 from curation.report import make_report, report_figure
-from curation.similarity import EDGES, Tally, keep_best, pairs_over
+from curation.similarity import (
+    EDGES,
+    Tally,
+    keep_best,
+    pairs_over,
+    principal_axes,
+)
 from dataset.manifest import write_json
 
 logger = logging.getLogger(__name__)
@@ -441,6 +447,11 @@ def retrieve(audio, text, hparams, run_opts):
                 return audio.block(first + begin, first + end)
 
             own = Tally(len(text))
+            axes = None
+            if not with_report:
+                axes = principal_axes(
+                    audio.block, len(audio), text.block, len(text), threshold
+                )
             batches = pairs_over(
                 audio_block,
                 last - first,
@@ -452,6 +463,7 @@ def retrieve(audio, text, hparams, run_opts):
                 hparams["audio_bs"],
                 device=run_opts["device"],
                 precision=hparams["search_precision"],
+                axes=axes,
             )
             moved = ((a + first, t, s) for a, t, s in batches)
             yield from gathered(moved, f"{base}_pairs.partial")
@@ -515,7 +527,7 @@ def main(argv):
             "Name the embeddings: --emb_dir=<output_folder>/save of "
             "microsoft_curation_toemb.py"
         )
-    hparams, run_opts = experiment.start(argv)
+    hparams, run_opts = experiment.start(argv, keeps_memory=False)
     check_settings(hparams)
     folder = hparams["emb_dir"]
     audio = open_embeddings(

@@ -1,6 +1,6 @@
 """Embedding of captions and clips, by the script and the ordinary way.
 
-    python -m benchmarks.embed [--captions 1024] [--clips 64] [--runs 3]
+    python -m benchmarks.embed [--captions 1024] [--clips 128] [--runs 3]
 
 The full-size model, BERT-base and CNN14 at 44.1 kHz and 5 s, with random
 weights; captions with the lengths of AudioCaps' (in BERT's tokens), clips of
@@ -33,10 +33,13 @@ import torchaudio
 
 from benchmarks.measure import (
     KEEPING,
+    Row,
     in_process,
+    machine,
     median,
-    processor,
+    peak_memory,
     product_speed,
+    show,
 )
 
 HPARAMS = "hparams/curation/microsoft_audioset_insper_toemb.yaml"
@@ -104,7 +107,7 @@ def ours(folder, precision):
     Returns
     -------
     dict
-        Seconds of both.
+        Seconds of both, and the peak of memory.
     """
     import experiment
     import microsoft_curation_toemb as script
@@ -122,15 +125,15 @@ def ours(folder, precision):
     paths = script.read_audio_list(hparams["audio_pathfile"])
     brain.embed_text(table["caption"][: hparams["text_bs"]].tolist())
     brain.embed_audio(torch.zeros(hparams["audio_bs"], 220500))
-    times = {}
+    run = {}
     for kind, dump, items in (
         ("text", brain.dump_text, table),
         ("audio", brain.dump_audio, paths),
     ):
         begin = time.perf_counter()
         dump(items)
-        times[kind] = time.perf_counter() - begin
-    return times
+        run[kind] = time.perf_counter() - begin
+    return run | {"memory": peak_memory()}
 
 
 class Convolved(torch.nn.Module):
@@ -156,7 +159,7 @@ def ordinary(folder, precision):
     Returns
     -------
     dict
-        Seconds of both.
+        Seconds of both, and the peak of memory.
     """
     from transformers import AutoTokenizer
 
@@ -189,7 +192,7 @@ def ordinary(folder, precision):
             windows.append(whole[begin : begin + 220500])
         return clap.encode_audio(torch.stack(windows))
 
-    times = {}
+    run = {}
     for kind, encode, items in (
         ("text", encode_text, captions),
         ("audio", encode_audio, paths),
@@ -201,20 +204,32 @@ def ordinary(folder, precision):
         ]
         embeddings = torch.cat(parts).numpy()
         np.save(f"{folder}/ordinary_{kind}.npy", embeddings)
-        times[kind] = time.perf_counter() - begin
-    return times
+        run[kind] = time.perf_counter() - begin
+    return run | {"memory": peak_memory()}
 
 
-def flop_of_a_clip():
-    """FLOP of the audio encoder for one window, counted by PyTorch."""
+def flop_of(folder, n_captions, n_clips):
+    """FLOP that cannot be avoided, counted by PyTorch.
+
+    Returns
+    -------
+    dict
+        Of all captions without padding, and of all windows.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
-    from models.cnn14 import CNN14
+    from models.clap import CLAP
 
-    network = CNN14().eval()
+    clap = CLAP(f"{folder}/text_model", text_pretrained=False).eval()
+    lengths = np.array(LENGTHS)
+    mean = (lengths * np.arange(4, 4 + len(lengths))).sum() / lengths.sum()
+    token = torch.ones(1, round(mean), dtype=torch.long)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, 220500))
-    return counter.get_total_flops()
+        clap.encode_text({"input_ids": token, "attention_mask": token})
+        text = counter.get_total_flops()
+        clap.encode_audio(torch.zeros(1, 220500))
+        audio = counter.get_total_flops() - text
+    return {"text": n_captions * text, "audio": n_clips * audio}
 
 
 def cosines(folder, precision, kind):
@@ -229,10 +244,10 @@ def cosines(folder, precision, kind):
 
 
 def main(argv):
-    """Measure all sides in turn and print the medians."""
+    """Measure all sides in turn; returns and prints the rows."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.embed")
     parser.add_argument("--captions", type=int, default=1024)
-    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--clips", type=int, default=128)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -241,7 +256,7 @@ def main(argv):
     if args.side:
         run = {"ours": ours, "ordinary": ordinary}[args.side]
         print(json.dumps(run(args.folder, args.precision)))
-        return
+        return None
     runs = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:
         make_world(folder, args.captions, args.clips)
@@ -255,30 +270,38 @@ def main(argv):
                 runs[side].append(
                     in_process("benchmarks.embed", flags, environment)
                 )
-        close = {
-            (precision, kind): cosines(folder, precision, kind)
-            for precision in ("fp32", "bf16")
-            for kind in ("text", "audio")
-        }
-    print(processor())
-    for name in ("float32", "bfloat16"):
-        speed = product_speed(getattr(torch, name))
-        print(f"product of matrices, {name}: {speed / 1e9:.0f} GFLOP/s")
-    flop = flop_of_a_clip()
-    print(f"audio encoder: {flop / 1e9:.1f} GFLOP a clip")
-    for kind, count in (("text", args.captions), ("audio", args.clips)):
-        print(f"{kind}: {count} of them, median of {args.runs}")
-        speeds = {s: count / median(r, kind) for s, r in runs.items()}
-        for side, (name, precision, _) in SIDES.items():
-            line = f"  {side:14}{speeds[side]:8.2f} a second"
-            if name == "ours":
-                ratios = [speeds[side] / speeds[o] for o in list(SIDES)[:2]]
-                line += f", A {ratios[0]:.2f}, B {ratios[1]:.2f}"
-                low, mean = close[precision, kind]
-                line += f"; cosine {low:.6f} at least, {mean:.6f} on average"
-            if kind == "audio":
-                line += f"; {flop * speeds[side] / 1e9:.0f} GFLOP/s"
-            print(line)
+        flop = flop_of(folder, args.captions, args.clips)
+        rows = [
+            row_of(folder, kind, count, side, runs, flop[kind])
+            for kind, count in (("text", args.captions), ("audio", args.clips))
+            for side in SIDES
+        ]
+    print(machine())
+    show(rows)
+    return rows
+
+
+def row_of(folder, kind, count, side, runs, flop):
+    """The row of one side and kind."""
+    name, precision, _ = SIDES[side]
+    seconds = {s: median(r, kind) for s, r in runs.items()}
+    unit = {"text": "captions/s", "audio": "clips/s"}[kind]
+    row = Row(
+        f"embed {count} {unit.removesuffix('/s')}",
+        side,
+        count / seconds[side],
+        unit,
+        memory=median(runs[side], "memory"),
+    )
+    if name == "ours":
+        row.ratio_a, row.ratio_b = (
+            seconds[other] / seconds[side] for other in list(SIDES)[:2]
+        )
+        row.of_limit = flop / seconds[side] / product_speed(precision)
+        row.limit = f"{precision} product"
+        low, _ = cosines(folder, precision, kind)
+        row.difference = f"cosine {low:.6f} or more"
+    return row
 
 
 if __name__ == "__main__":

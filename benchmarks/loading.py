@@ -6,23 +6,25 @@ Files of noise of 5, 10 and 30 s, as WAV, FLAC and OGG, at 16, 32, 44.1 and
 48 kHz, of which a random window of 5 s at 44.1 kHz is wanted. The ordinary way
 reads each file whole, resamples it with a new resampler, and cuts the window
 out. Both run in turn in one process and one thread, over files in the page
-cache. The samples of both are compared.
+cache, once as they are (A) and once with the allocator's setting that the
+scripts make for themselves (B). The samples of both are compared.
 """
 
 import argparse
 import itertools
-import math
+import json
 import statistics
 import sys
 import tempfile
 import time
 
 import numpy as np
+import pandas as pd
 import soundfile
 import torch
 import torchaudio
 
-from benchmarks.measure import processor
+from benchmarks.measure import KEEPING, Row, in_process, machine, show
 from dataset.audio import AudioReader
 
 SAMPLE_RATE, DURATION = 44100, 5.0
@@ -64,36 +66,60 @@ def measure(reader, paths, fractions, runs):
     return *medians, difference
 
 
-def main(argv):
-    """Measure each kind of file, and print the ratios by length."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loading")
-    parser.add_argument("--files", type=int, default=24)
-    parser.add_argument("--runs", type=int, default=3)
-    args = parser.parse_args(argv)
+def all_kinds(files, runs):
+    """Every kind of file, one dictionary each."""
     torch.set_num_threads(1)
     reader = AudioReader(SAMPLE_RATE, DURATION)
     rng = np.random.default_rng(0)
-    fractions = rng.random(args.files)
-    ratios = {seconds: [] for seconds in LENGTHS}
-    print(processor())
-    print("seconds format   rate  ordinary ms  ours ms  ratio  difference")
+    fractions = rng.random(files)
+    kinds = []
     for seconds, ending, rate in itertools.product(LENGTHS, FORMATS, RATES):
         with tempfile.TemporaryDirectory() as folder:
-            paths = [f"{folder}/{i}.{ending}" for i in range(args.files)]
+            paths = [f"{folder}/{i}.{ending}" for i in range(files)]
             for path in paths:
                 noise = rng.uniform(-0.3, 0.3, seconds * rate)
                 soundfile.write(path, noise.astype(np.float32), rate)
-            before, after, difference = measure(
-                reader, paths, fractions, args.runs
+            before, after, difference = measure(reader, paths, fractions, runs)
+        kind = {"seconds": seconds, "format": ending, "rate": rate}
+        times = {"before": before, "after": after, "difference": difference}
+        kinds.append(kind | times)
+    return kinds
+
+
+def main(argv):
+    """Measure each kind of file; returns and prints rows by length."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loading")
+    parser.add_argument("--files", type=int, default=24)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--side", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.side:
+        print(json.dumps(all_kinds(args.files, args.runs)))
+        return None
+    flags = ["--side", "--files", str(args.files), "--runs", str(args.runs)]
+    plain, keeping = (
+        pd.DataFrame(in_process("benchmarks.loading", flags, environment))
+        for environment in ({}, KEEPING)
+    )
+    print(machine())
+    plain["ratio A"] = plain["before"] / plain["after"]
+    plain["ratio B"] = keeping["before"] / keeping["after"]
+    print(plain.round(4).to_string(index=False))
+    rows = []
+    for seconds, group in plain.groupby("seconds"):
+        ratios = np.exp(np.log(group[["ratio A", "ratio B"]]).mean())
+        rows.append(
+            Row(
+                f"read windows of {seconds} s files",
+                "AudioReader",
+                1 / group["after"].mean(),
+                "windows/s",
+                *ratios,
+                difference=f"{group['difference'].max():.1e}",
             )
-        ratios[seconds].append(before / after)
-        print(
-            f"{seconds:7} {ending:6} {rate:6} {1e3 * before:12.2f} "
-            f"{1e3 * after:8.2f} {before / after:6.2f} {difference:11.1e}"
         )
-    for seconds, values in ratios.items():
-        mean = math.exp(statistics.mean(map(math.log, values)))
-        print(f"{seconds} s: {mean:.2f} times as fast (geometric mean)")
+    show(rows)
+    return rows
 
 
 if __name__ == "__main__":

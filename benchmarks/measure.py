@@ -1,5 +1,6 @@
-"""What the benchmarks share: sides in processes of their own, peaks."""
+"""What the benchmarks share: sides in processes of their own, peaks, rows."""
 
+import dataclasses
 import json
 import os
 import statistics
@@ -12,7 +13,7 @@ import torch
 # The allocator's setting of experiment.keep_freed_memory, for any process.
 KEEPING = {
     "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TRIM_THRESHOLD_": str(10**11),
     "MALLOC_TOP_PAD_": str(2**28),
 }
 
@@ -50,12 +51,13 @@ def peak_memory():
     return int(peak) * 1024
 
 
-def product_speed(dtype, rows=4096, width=1024):
+def product_speed(precision, rows=4096, width=1024):
     """FLOP/s of a product of matrices on this machine, the best of five.
 
     Arguments
     ---------
-    dtype : torch.dtype
+    precision : str
+        fp32 or bf16.
     rows, width : int
         Both factors are (rows, width).
 
@@ -63,13 +65,22 @@ def product_speed(dtype, rows=4096, width=1024):
     -------
     float
     """
-    a = torch.randn(rows, width).to(dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    a = torch.randn(rows, width, device=device).to(dtype)
     times = []
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = synchronized()
         _ = a @ a.T
-        times.append(time.perf_counter() - begin)
+        times.append(synchronized() - begin)
     return 2 * rows * rows * width / min(times)
+
+
+def synchronized():
+    """The time, when all that was asked of the device is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def median(runs, key):
@@ -77,12 +88,86 @@ def median(runs, key):
     return statistics.median(run[key] for run in runs)
 
 
-def processor():
-    """The processor's name and the number of cores in use."""
+def machine():
+    """The device's name, and the number of cores in use."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores"
     with open("/proc/cpuinfo") as file:
         names = {
             line.partition(":")[2].strip()
             for line in file
             if line.startswith("model name")
         }
-    return f"{os.cpu_count()} cores of {', '.join(sorted(names))}"
+    return f"{', '.join(sorted(names))}, {os.cpu_count()} cores"
+
+
+@dataclasses.dataclass
+class Row:
+    """One way of doing a job, measured.
+
+    Arguments
+    ---------
+    job, way : str
+    value : float
+        Median of the runs.
+    unit : str
+        Of the value: "s", or what is done a second.
+    ratio_a, ratio_b : float
+        How many times as fast as the ordinary way, as a user runs it (A) and
+        with the script's allocator setting (B).
+    of_limit : float
+        Fraction of what the machine can do.
+    limit : str
+        What that is.
+    memory : int
+        Peak of resident memory, in bytes.
+    difference : str
+        To the outcome of the ordinary way.
+    """
+
+    job: str
+    way: str
+    value: float
+    unit: str
+    ratio_a: float | None = None
+    ratio_b: float | None = None
+    of_limit: float | None = None
+    limit: str = ""
+    memory: int | None = None
+    difference: str = ""
+
+    def cells(self):
+        """Texts for a table."""
+
+        def text(value, form):
+            return "" if value is None else form.format(value)
+
+        limit = text(self.of_limit, f"{{:.0%}} of {self.limit}")
+        memory = None if self.memory is None else self.memory / 2**20
+        return [
+            self.job,
+            self.way,
+            f"{self.value:.4g} {self.unit}",
+            text(self.ratio_a, "{:.2f}"),
+            text(self.ratio_b, "{:.2f}"),
+            limit,
+            text(memory, "{:.0f} MiB"),
+            self.difference,
+        ]
+
+
+HEADER = ["job", "way", "speed", "A", "B", "limit", "memory", "difference"]
+
+
+def table(rows):
+    """Rows as a table in Markdown."""
+    lines = [HEADER, ["---"] * len(HEADER), *(row.cells() for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def show(rows):
+    """Print rows, in columns."""
+    lines = [HEADER, *(row.cells() for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip())

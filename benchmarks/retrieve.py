@@ -1,16 +1,24 @@
-"""Pairs over a threshold, by retrieve_from_emb_thresh.py and the ordinary way.
+"""Pairs over a threshold, by retrieve_from_emb_thresh.py and other ways.
 
     python -m benchmarks.retrieve [--audio 40000] [--text 20000] [--runs 3]
 
 The ordinary way reads both arrays whole, multiplies blocks of 4000 audio rows
 with all captions in fp32, takes the nonzero entries of the comparison, makes a
-dictionary for each pair and lets pandas write the CSV. Both sides run in turn,
-each in a process of its own, and start from the same files; compared are the
-pairs, the time without the imports, and the peak of resident memory. Beside the
-times stands what the product alone would take at the machine's own speed.
+dictionary for each pair and lets pandas write the CSV. It is run as it is (A)
+and with the allocator's setting that the scripts for networks make for
+themselves (B). Where faiss is installed, its IndexFlatIP.range_search is a
+third way, whose pairs go to pandas as arrays.
+
+The script runs with its report, as it does by default, and without, when it may
+bound similarities by a few principal axes. The embeddings are once even in all
+their 1024 dimensions, around common centres, and once with a spectrum that
+falls as k^-0.75. The sides run in turn, each in a process of its own, and start
+from the same files; the time is that without the imports, and the limit the
+product alone at the machine's own speed.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 import tempfile
@@ -21,21 +29,39 @@ import pandas as pd
 import torch
 
 from benchmarks.measure import (
+    KEEPING,
+    Row,
     in_process,
+    machine,
     median,
     peak_memory,
-    processor,
     product_speed,
+    show,
 )
 from curation.embeddings import write_store
 
 HPARAMS = "hparams/curation/audioset_insper_duv2_retr.yaml"
 SIZE = 1024
 CLUSTERS = 2000
+SPECTRA = {"even": 0.0, "steep": -0.75}
+SIDES = {
+    "ordinary (A)": ("ordinary", {}),
+    "ordinary (B)": ("ordinary", KEEPING),
+    "faiss": ("with_faiss", {}),
+    "script": ("ours", {}),
+    "script, no report": ("ours_without_report", {}),
+}
 
 
-def make_stores(folder, n_audio, n_text):
+def make_stores(folder, n_audio, n_text, exponent):
     """Unit-norm fp16 rows around common centres, and their manifests.
+
+    Arguments
+    ---------
+    folder : str
+    n_audio, n_text : int
+    exponent : float
+        Of the scale of a dimension, by its number.
 
     Returns
     -------
@@ -43,6 +69,7 @@ def make_stores(folder, n_audio, n_text):
         A threshold that about one pair in 8000 reaches.
     """
     rng = np.random.default_rng(0)
+    scales = np.arange(1, SIZE + 1, dtype=np.float32) ** exponent
     centres = rng.standard_normal((CLUSTERS, SIZE), dtype=np.float32)
     names = [f"/data/audio/{i}.wav" for i in range(n_audio)]
     captions = [f"a sound of kind {i}, in words" for i in range(n_text)]
@@ -55,6 +82,7 @@ def make_stores(folder, n_audio, n_text):
         count = len(manifest)
         x = centres[rng.integers(CLUSTERS, size=count)]
         x += rng.standard_normal((count, SIZE), dtype=np.float32) * 0.6
+        x *= scales
         x /= np.linalg.norm(x, axis=1, keepdims=True)
         rows[stem] = x.astype(np.float16)
         settings = {"weights": "none", "size": SIZE}
@@ -86,8 +114,31 @@ def ordinary(folder, threshold):
     pd.DataFrame(pairs).to_csv(f"{folder}/ordinary.csv", index=False)
 
 
-def ours(folder, threshold):
-    """The script, without the report, which the baseline has not either."""
+def with_faiss(folder, threshold):
+    """faiss instead of products, arrays instead of dictionaries."""
+    import faiss
+
+    audio = np.load(f"{folder}/audio_audioset_embeddings.npy")
+    text = np.load(f"{folder}/text_insper_embeddings.npy")
+    paths = pd.read_csv(f"{folder}/audio_audioset.csv")["wav_path"].to_numpy()
+    captions = pd.read_csv(f"{folder}/text_insper.csv")["caption"].to_numpy()
+    index = faiss.IndexFlatIP(SIZE)
+    index.add(text.astype(np.float32))
+    found = []
+    for begin in range(0, len(audio), 4000):
+        block = audio[begin : begin + 4000].astype(np.float32)
+        limits, _, columns = index.range_search(block, threshold)
+        rows = begin + np.repeat(
+            np.arange(len(block)), np.diff(limits.astype(np.int64))
+        )
+        found.append((rows, columns))
+    rows, columns = (np.concatenate(part) for part in zip(*found))
+    table = {"wav_path": paths[rows], "caption": captions[columns]}
+    pd.DataFrame(table).to_csv(f"{folder}/faiss.csv", index_label="ID")
+
+
+def ours(folder, threshold, *flags):
+    """The script as it is."""
     import retrieve_from_emb_thresh
 
     retrieve_from_emb_thresh.main(
@@ -95,19 +146,32 @@ def ours(folder, threshold):
             HPARAMS,
             f"--emb_dir={folder}",
             f"--sim_threshold={threshold}",
-            "--with_report=False",
+            *flags,
         ]
     )
+
+
+def ours_without_report(folder, threshold):
+    """The script without what the other ways have not either."""
+    ours(folder, threshold, "--with_report=False")
+
+
+WAYS = {
+    way.__name__: way
+    for way in (ordinary, with_faiss, ours, ours_without_report)
+}
 
 
 def run_side(side, folder, threshold):
     """Run one side in this process; print its time and peak memory."""
     import retrieve_from_emb_thresh  # noqa: F401, so that it is not timed
 
+    if side == "with_faiss":
+        import faiss  # noqa: F401
     begin = time.perf_counter()
-    {"ours": ours, "ordinary": ordinary}[side](folder, threshold)
+    WAYS[side](folder, threshold)
     seconds = time.perf_counter() - begin
-    print(json.dumps({"seconds": seconds, "peak_bytes": peak_memory()}))
+    print(json.dumps({"seconds": seconds, "memory": peak_memory()}))
 
 
 def pairs_of(path):
@@ -116,8 +180,52 @@ def pairs_of(path):
     return set(zip(table["wav_path"], table["caption"]))
 
 
+def measure(spectrum, n_audio, n_text, times):
+    """All sides on one kind of embeddings, as rows."""
+    sides = dict(SIDES)
+    if importlib.util.find_spec("faiss") is None:
+        print("faiss is not installed: left out")
+        del sides["faiss"]
+    runs = {side: [] for side in sides}
+    with tempfile.TemporaryDirectory() as folder:
+        threshold = make_stores(folder, n_audio, n_text, SPECTRA[spectrum])
+        pairs = {}
+        for _ in range(times):
+            for side, (name, environment) in sides.items():
+                flags = ["--side", name, "--folder", folder]
+                flags += ["--threshold", repr(threshold)]
+                runs[side].append(
+                    in_process("benchmarks.retrieve", flags, environment)
+                )
+                stem = {"ordinary": "ordinary", "with_faiss": "faiss"}
+                stem = stem.get(name, "audioset_insper_duv2_curation")
+                pairs[side] = pairs_of(f"{folder}/{stem}.csv")
+    flop = 2 * n_audio * n_text * SIZE
+    speeds = {name: product_speed(name) for name in ("fp32", "bf16")}
+    limit = max(speeds, key=speeds.get)
+    seconds = {side: median(r, "seconds") for side, r in runs.items()}
+    rows = []
+    for side in sides:
+        row = Row(
+            f"{spectrum} {n_audio} x {n_text}, {len(pairs['script'])} pairs",
+            side,
+            seconds[side],
+            "s",
+            memory=median(runs[side], "memory"),
+            of_limit=flop / speeds[limit] / seconds[side],
+            limit=f"{limit} product",
+        )
+        if not side.startswith("ordinary"):
+            row.ratio_a = seconds["ordinary (A)"] / seconds[side]
+            row.ratio_b = seconds["ordinary (B)"] / seconds[side]
+            differing = len(pairs[side] ^ pairs["ordinary (A)"])
+            row.difference = f"{differing} pairs"
+        rows.append(row)
+    return rows
+
+
 def main(argv):
-    """Measure both sides in turn and print the medians."""
+    """Measure all sides in turn; returns and prints the rows."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.retrieve")
     parser.add_argument("--audio", type=int, default=40000)
     parser.add_argument("--text", type=int, default=20000)
@@ -128,33 +236,15 @@ def main(argv):
     args = parser.parse_args(argv)
     if args.side:
         run_side(args.side, args.folder, args.threshold)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        threshold = make_stores(folder, args.audio, args.text)
-        sides = {"ordinary": [], "ours": []}
-        for _ in range(args.runs):
-            for side, runs in sides.items():
-                flags = ["--side", side, "--folder", folder]
-                flags += ["--threshold", repr(threshold)]
-                runs.append(in_process("benchmarks.retrieve", flags))
-        found = pairs_of(f"{folder}/audioset_insper_duv2_curation.csv")
-        expected = pairs_of(f"{folder}/ordinary.csv")
-    print(processor())
-    print(f"{args.audio} x {args.text} x {SIZE}, threshold {threshold:.4f}")
-    print(f"pairs: {len(found)}; in one of the two: {len(found ^ expected)}")
-    flop = 2 * args.audio * args.text * SIZE
-    for name in ("float32", "bfloat16"):
-        speed = product_speed(getattr(torch, name))
-        print(
-            f"product alone, {name}: {speed / 1e9:.0f} GFLOP/s, "
-            f"{flop / speed:.1f} s"
-        )
-    medians = {}
-    for side, runs in sides.items():
-        medians[side] = median(runs, "seconds")
-        peak = median(runs, "peak_bytes") / 2**20
-        print(f"{side}: {medians[side]:.1f} s, peak {peak:.0f} MiB")
-    print(f"ratio: {medians['ordinary'] / medians['ours']:.2f}")
+        return None
+    rows = [
+        row
+        for spectrum in SPECTRA
+        for row in measure(spectrum, args.audio, args.text, args.runs)
+    ]
+    print(machine())
+    show(rows)
+    return rows
 
 
 if __name__ == "__main__":

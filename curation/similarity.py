@@ -49,6 +49,7 @@ found from a sample, and whether it pays at all.
 """
 
 import dataclasses
+import math
 import time
 
 import numpy as np
@@ -62,7 +63,7 @@ _MAX_ROWS = {"cpu": 4096, "cuda": 16384}
 _CACHE_BYTES = 400 * 2**20  # of text blocks on a CPU
 _MAX_CANDIDATES = 2**20  # of one block of audio rows against all texts
 _PAIRS_AT_ONCE = {"cpu": 128, "cuda": 2**16}  # rows that a cache holds
-_SAMPLE_ROWS = 2048  # of each side, to choose principal axes
+_SAMPLE_ROWS = 4096  # of each side, to choose principal axes
 # Axes to try; with the residual a multiple of 16.
 _NUM_AXES = (63, 127, 255, 511)
 # An exact decision takes as long as so many similarities in a fast product.
@@ -231,6 +232,26 @@ class _Seen:
         self.text_best.append((text_begin, best[1]))
 
 
+class _Scratch:
+    """Memory for products and masks, which all blocks share.
+
+    A system clears the pages of new buffers, which takes as long as a product
+    of short vectors.
+    """
+
+    def __init__(self):
+        self.buffers = {}
+
+    def take(self, dtype, shape, device):
+        """An uninitialised tensor, valid until the next of its dtype."""
+        size = math.prod(shape)
+        buffer = self.buffers.get(dtype)
+        if buffer is None or len(buffer) < size:
+            buffer = torch.empty(size, dtype=dtype, device=device)
+            self.buffers[dtype] = buffer
+        return buffer[:size].view(shape)
+
+
 class _Blocks:
     """Blocks of texts, read at each iteration unless they fit into a cache."""
 
@@ -262,6 +283,7 @@ def pairs_over(
     text_bs=4096,
     device="cpu",
     precision="auto",
+    axes=None,
 ):
     """Find all pairs whose exact similarity is the threshold or more.
 
@@ -289,6 +311,8 @@ def pairs_over(
         Of the fast product: fp32, bf16, or fp16 (GPU only, where it is exact
         for fp16 vectors but for the accumulation). auto takes fp16 on a GPU,
         and the faster of the others, as measured, on a CPU.
+    axes : torch.Tensor
+        Of `principal_axes`: fewer dimensions to multiply in, the same pairs.
 
     Yields
     ------
@@ -300,7 +324,7 @@ def pairs_over(
     ------
     ValueError
         An argument is out of range, or a row is not finite or its norm
-        exceeds 2.
+        exceeds 2; or both a report and axes are given.
     """
     kind = torch.device(device).type
     if audio_bs < 1 or text_bs < 1:
@@ -309,17 +333,15 @@ def pairs_over(
         )
     if np.isnan(threshold):
         raise ValueError("The threshold is not a number")
+    if with_report and axes is not None:
+        raise ValueError("A report needs all similarities, axes bound them")
     tally = Tally(n_text) if tally is None else tally
     tally.start(threshold)
     if not n_audio or not n_text:
         return
     audio_bs, text_bs = (min(n, _MAX_ROWS[kind]) for n in (audio_bs, text_bs))
-    samples = _sample(audio_block, n_audio), _sample(text_block, n_text)
-    width = samples[1].shape[1]
-    axes = None
-    if not with_report:
-        axes = _principal_axes(*samples, threshold)
-        axes = axes if axes is None else axes.to(device)
+    width = np.asarray(text_block(0, 1)).shape[1]
+    axes = None if axes is None else axes.to(device)
     dtype = _fast_dtype(precision, kind, width)
 
     def read_text(begin, end):
@@ -330,12 +352,53 @@ def pairs_over(
     if kind == "cuda":
         room = torch.cuda.mem_get_info(device)[0] // 4
     texts = _Blocks(read_text, n_text, text_bs, room)
+    scratch = _Scratch()
     for begin in range(0, n_audio, audio_bs):
         vectors = audio_block(begin, min(begin + audio_bs, n_audio))
         rows = _prepare(vectors, begin, dtype, device, "audio", axes)
-        for pairs in _pairs_of(rows, texts, tally, with_report):
+        for pairs in _pairs_of(rows, texts, tally, with_report, scratch):
             tally.add_pairs(*pairs)
             yield pairs
+
+
+def principal_axes(audio_block, n_audio, text_block, n_text, threshold):
+    """The axes with which a search is expected to be the fastest.
+
+    They are made from one half of a sample and judged by the other: rows that
+    they were not made from lie farther from them.
+
+    Arguments
+    ---------
+    audio_block, text_block, n_audio, n_text, threshold
+        As `pairs_over`, of which a sample is read.
+
+    Returns
+    -------
+    torch.Tensor
+        (d, k) float64 orthonormal columns; None if products of the whole
+        vectors are faster.
+    """
+    if n_audio < 2 or n_text < 2:
+        return None
+    audio, text = _sample(audio_block, n_audio), _sample(text_block, n_text)
+    width = audio.shape[1]
+    if not (audio.isfinite().all() and text.isfinite().all()):
+        return None  # the error comes with the row, and names it
+    moments = sum(
+        side[::2].T @ side[::2] / len(side[::2]) for side in (audio, text)
+    )
+    axes = torch.linalg.eigh(moments)[1].flip(1)
+    best, least = None, 0.7
+    for count in _NUM_AXES:
+        if count >= width:
+            break
+        some = axes[:, :count].contiguous()
+        bounds = _short(audio[1::2], some) @ _short(text[1::2], some).T
+        candidates = (bounds >= threshold).double().mean().item()
+        cost = (count + 1) / width + _COST_OF_CANDIDATE * candidates
+        if cost < least:
+            best, least = some, cost
+    return best
 
 
 def keep_best(groups, others, similarities, count):
@@ -365,19 +428,19 @@ def keep_best(groups, others, similarities, count):
     return np.sort(order[ranks < count])
 
 
-def _pairs_of(rows, texts, tally, with_report):
+def _pairs_of(rows, texts, tally, with_report, scratch):
     """Pairs of a block of audio rows, in several yields if they are many."""
     seen = _Seen(np.full(len(rows.exact), -np.inf, dtype=np.float32))
     found, candidates = [], 0
     for block in texts:
-        product = _product(rows.fast, block.fast)
+        product = _product(rows.fast, block.fast, scratch)
         margin = _margin(rows, block)
-        flat = _reaching(product, tally.threshold - margin)
+        flat = _reaching(product, tally.threshold - margin, scratch)
         candidates += len(flat)
         if candidates > _MAX_CANDIDATES and len(rows.exact) > 1:
             half = len(rows.exact) // 2
             for part in (rows.part(0, half), rows.part(half, None)):
-                yield from _pairs_of(part, texts, tally, with_report)
+                yield from _pairs_of(part, texts, tally, with_report, scratch)
             return
         tally.margin = max(tally.margin, margin + _output_rounding(product))
         if tally.highest < tally.threshold and not len(flat):
@@ -402,46 +465,13 @@ def _pairs_of(rows, texts, tally, with_report):
 
 
 def _sample(read, count):
-    """Rows from all over, (at most 2048, d) float64."""
+    """Rows from all over, (at most 4096, d) float64."""
     size = _SAMPLE_ROWS // 8
     begins = [i * (count - size) // 7 for i in range(8)]
     if count <= _SAMPLE_ROWS:
         begins, size = [0], count
     blocks = [np.asarray(read(begin, begin + size)) for begin in begins]
     return torch.from_numpy(np.concatenate(blocks).astype(np.float64))
-
-
-def _principal_axes(audio, text, threshold):
-    """The axes with which the search is expected to be the fastest.
-
-    Arguments
-    ---------
-    audio, text : torch.Tensor
-        (rows, d) float64 samples of both sides.
-    threshold : float
-
-    Returns
-    -------
-    torch.Tensor
-        (d, k) float64 orthonormal columns; None if the whole product is
-        faster.
-    """
-    width = audio.shape[1]
-    moments = audio.T @ audio / len(audio) + text.T @ text / len(text)
-    if not moments.isfinite().all():
-        return None  # the error comes with the row, and names it
-    axes = torch.linalg.eigh(moments)[1].flip(1)
-    best, least = None, 0.7
-    for count in _NUM_AXES:
-        if count >= width:
-            break
-        some = axes[:, :count].contiguous()
-        bounds = _short(audio, some) @ _short(text, some).T
-        candidates = (bounds >= threshold).double().mean().item()
-        cost = (count + 1) / width + _COST_OF_CANDIDATE * candidates
-        if cost < least:
-            best, least = some, cost
-    return best
 
 
 def _short(vectors, axes):
@@ -525,21 +555,23 @@ def product_seconds(dtype, width):
     float
         The best of three, in seconds; only ratios of two have a meaning.
     """
-    matrix = torch.ones(1024, width, dtype=dtype)
+    matrix, scratch = torch.ones(1024, width, dtype=dtype), _Scratch()
     times = []
     for _ in range(3):
         begin = time.perf_counter()
-        _product(matrix, matrix)
+        _product(matrix, matrix, scratch)
         times.append(time.perf_counter() - begin)
     return min(times)
 
 
-def _product(audio, text):
+def _product(audio, text, scratch):
     """(audio rows, texts); bf16 gives bf16 on a CPU, all else gives fp32."""
     if audio.is_cuda and audio.dtype != torch.float32:
         # Partial sums of a half-precision result might be rounded too.
         return torch.mm(audio, text.T, out_dtype=torch.float32)
-    return audio @ text.T
+    shape = (len(audio), len(text))
+    out = scratch.take(audio.dtype, shape, audio.device)
+    return torch.mm(audio, text.T, out=out)
 
 
 def _margin(audio, text):
@@ -558,7 +590,7 @@ def _output_rounding(product):
     return 2.0**-8 if product.dtype == torch.bfloat16 else 0.0
 
 
-def _reaching(product, limit):
+def _reaching(product, limit, scratch):
     """Flat indices of values that reach the limit, or would but for rounding.
 
     Arguments
@@ -566,6 +598,7 @@ def _reaching(product, limit):
     product : torch.Tensor
         (audio rows, texts).
     limit : float
+    scratch : _Scratch
 
     Returns
     -------
@@ -575,14 +608,22 @@ def _reaching(product, limit):
         limit = _bf16_below(limit)
         if limit > 0:
             # Integers of positive numbers' bits have the numbers' order, those
-            # of negative numbers are negative; NumPy compares them faster.
+            # of negative numbers are negative; they are compared faster.
             limit = limit.view(torch.int16).item()
             product = product.view(torch.int16)
         else:
             product, limit = product.float(), limit.item()
+    flat = product.view(-1)
     if product.is_cuda:
-        return torch.nonzero(product.view(-1) >= limit)[:, 0].cpu().numpy()
-    return np.flatnonzero(product.numpy().reshape(-1) >= limit)
+        return torch.nonzero(flat >= limit)[:, 0].cpu().numpy()
+    # Eight at a time are looked at, since nearly all are below.
+    words = -(-len(flat) // 8)
+    mask = scratch.take(torch.bool, (8 * words,), product.device)
+    mask[len(flat) :] = False
+    torch.ge(flat, limit, out=mask[: len(flat)])
+    hits = np.flatnonzero(mask.view(torch.int64).numpy())
+    rows, columns = np.nonzero(mask.numpy().reshape(-1, 8)[hits])
+    return 8 * hits[rows] + columns
 
 
 def _bf16_below(value):

@@ -11,6 +11,7 @@ from conftest import ROOT, torchrun
 from matplotlib.figure import Figure
 
 import retrieve_from_emb_thresh as script
+from curation import similarity
 from curation.report import make_report, report_figure
 from curation.similarity import EDGES, Tally
 from dataset.manifest import read_pairs
@@ -124,6 +125,24 @@ def test_csv_holds_exactly_the_pairs(run, naive, audio, flags):
     assert len(rows) > 60
     cells = {cell for row in rows[1:] for cell in row}
     assert cells >= {*CAPTIONS[:8], *audio["wav_path"][:5]}
+
+
+def test_fewer_dimensions_give_the_same_file(
+    run, naive, audio, folder, monkeypatch
+):
+    monkeypatch.setattr(similarity, "_NUM_AXES", (5,))
+    monkeypatch.setattr(similarity, "_COST_OF_CANDIDATE", 0)
+    used = []
+
+    def noted(*args, **kwargs):
+        used.append(kwargs["axes"])
+        return similarity.pairs_over(*args, **kwargs)
+
+    monkeypatch.setattr(script, "pairs_over", noted)
+    run()
+    rows, _ = run(with_report=False)
+    assert used[0] is None and used[1].shape == (16, 5)
+    assert rows == expected_rows(over(naive, THRESHOLD), naive, audio)
 
 
 def test_training_reads_it(run, folder, naive, audio):

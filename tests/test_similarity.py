@@ -89,22 +89,25 @@ def low_rank(vectors, count=8, scale=0.1):
     return [v.astype(np.float16) for v in moved]
 
 
+def axes_of(vectors, threshold):
+    audio, text = vectors
+    return similarity.principal_axes(
+        lambda begin, end: audio[begin:end],
+        len(audio),
+        lambda begin, end: text[begin:end],
+        len(text),
+        threshold,
+    )
+
+
 @pytest.fixture
-def few_axes(monkeypatch):
-    """Searches in so few dimensions, whatever they cost."""
-    used = []
+def take_axes(monkeypatch):
+    """Axes in that number, whatever they cost."""
 
-    def take(count):
-        choose = similarity._principal_axes
-
-        def choose_and_note(*args):
-            used.append(choose(*args))
-            return used[-1]
-
+    def take(vectors, count):
         monkeypatch.setattr(similarity, "_NUM_AXES", (count,))
         monkeypatch.setattr(similarity, "_COST_OF_CANDIDATE", 0)
-        monkeypatch.setattr(similarity, "_principal_axes", choose_and_note)
-        return used
+        return axes_of(vectors, 0.9)
 
     return take
 
@@ -112,35 +115,31 @@ def few_axes(monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("count", [1, 7, 15])
 def test_fewer_dimensions_find_the_same_pairs(
-    vectors, few_axes, count, precision
+    vectors, take_axes, count, precision
 ):
-    used = few_axes(count)
     low = low_rank(vectors)
     low[1][3] = 0
+    axes = take_axes(low, count)
+    assert axes.shape == (64, count)
     naive = low[0].astype(np.float64) @ low[1].astype(np.float64).T
     for limit in np.sort(naive[naive > 0.9])[:20]:
-        for blocks in BLOCKS[2:]:
+        for audio_bs, text_bs in BLOCKS[2:]:
             found = search(
-                low, limit, audio_bs=blocks[0], text_bs=blocks[1],
-                precision=precision,
+                low, limit, audio_bs=audio_bs, text_bs=text_bs,
+                precision=precision, axes=axes,
             )  # fmt: skip
             assert_pairs(found, naive, limit)
-    assert all(axes.shape == (64, count) for axes in used)
 
 
 @pytest.mark.parametrize("scale", [0.02, 0.3, 1])
-def test_axes_are_orthonormal_and_products_bounded(vectors, few_axes, scale):
-    used = few_axes(7)
+def test_axes_are_orthonormal_and_products_bounded(vectors, take_axes, scale):
     low = low_rank(vectors, scale=scale)
-    search(low, 0.9)
+    axes = take_axes(low, 7)
     torch.testing.assert_close(
-        used[0].T @ used[0],
-        torch.eye(7, dtype=torch.float64),
-        atol=1e-12,
-        rtol=0,
+        axes.T @ axes, torch.eye(7, dtype=torch.float64), atol=1e-12, rtol=0
     )
     sides = [torch.from_numpy(v).double() for v in low]
-    short = [similarity._short(side, used[0]) for side in sides]
+    short = [similarity._short(side, axes) for side in sides]
     bounds, exact = short[0] @ short[1].T, sides[0] @ sides[1].T
     assert (bounds >= exact - 1e-12).all()
     # As near as the residuals allow: with none left, they are equal.
@@ -151,31 +150,32 @@ def test_axes_are_orthonormal_and_products_bounded(vectors, few_axes, scale):
 def test_axes_are_taken_where_they_pay():
     rng = np.random.default_rng(0)
 
-    def rows(scales):
-        vectors = unit(rng.standard_normal((500, 256)) * scales)
-        return torch.from_numpy(vectors)
+    def rows(scales, count):
+        return unit(rng.standard_normal((count, 256)) * scales)
 
-    even = rows(1), rows(1)
-    assert similarity._principal_axes(*even, 0.5) is None
+    even = rows(1, 500), rows(1, 2500)
+    assert axes_of(even, 0.5) is None
     # 256 dimensions, of which 40 matter.
     scales = np.where(np.arange(256) < 40, 1, 0.01)
-    few = rows(scales), rows(scales)
-    assert similarity._principal_axes(*few, 0.7).shape == (256, 63)
+    few = rows(scales, 500), rows(scales, 2500)
+    assert axes_of(few, 0.7).shape == (256, 63)
     # But not if there is more to decide than to exclude.
-    assert similarity._principal_axes(*few, 0.1) is None
-    few[1][7, 3] = torch.nan
-    assert similarity._principal_axes(*few, 0.7) is None
+    assert axes_of(few, 0.1) is None
+    few[0][7, 3] = np.nan
+    assert axes_of(few, 0.7) is None
+    assert axes_of((few[0][:0], few[1]), 0.7) is None
 
 
-def test_highest_similarity_by_fewer_dimensions(vectors, few_axes):
-    used = few_axes(3)
+def test_highest_similarity_by_fewer_dimensions(vectors, take_axes):
     low = low_rank(vectors, scale=0.5)
     naive = low[0].astype(np.float64) @ low[1].astype(np.float64).T
-    tally = Tally(200)
-    found = search(low, 0.9999, tally, audio_bs=50, text_bs=64)
-    assert used[0] is not None and len(found[0]) == 0
+    tally, axes = Tally(200), take_axes(low, 3)
+    found = search(low, 0.9999, tally, audio_bs=50, text_bs=64, axes=axes)
+    assert len(found[0]) == 0
     assert tally.highest in naive
     assert naive.max() - tally.margin <= tally.highest <= naive.max()
+    with pytest.raises(ValueError, match="A report needs all"):
+        search(low, 0.9, with_report=True, axes=axes)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -245,7 +245,7 @@ def test_fp32_products_that_ignore_bits(vectors, setting, bits):
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                similarity, "_product", lambda a, b: cut(a) @ cut(b).T
+                similarity, "_product", lambda a, b, _: cut(a) @ cut(b).T
             )
             for limit in np.sort(naive[naive > THRESHOLD])[:40]:
                 found = search(vectors, limit, precision="fp32")

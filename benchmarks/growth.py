@@ -1,0 +1,64 @@
+"""How the time and memory of embedding and search grow with their input.
+
+    python -m benchmarks.growth
+
+The scripts' sides of benchmarks.embed (fp32) and benchmarks.retrieve (with its
+report) at N, 2N and 4N, once each, in processes of their own.
+"""
+
+import argparse
+import sys
+import tempfile
+
+from benchmarks import embed, retrieve
+from benchmarks.measure import Row, in_process, machine, show
+
+
+def embedding(n_captions, n_clips):
+    """Rows of captions and of clips."""
+    with tempfile.TemporaryDirectory() as folder:
+        embed.make_world(folder, n_captions, n_clips)
+        flags = ["--side", "ours", "--folder", folder, "--precision", "fp32"]
+        run = in_process("benchmarks.embed", flags)
+    return [
+        Row(f"embed {count} {unit}s", "script, fp32", run[kind], "s",
+            memory=run["memory"])
+        for kind, count, unit in (
+            ("text", n_captions, "caption"), ("audio", n_clips, "clip")
+        )
+    ]  # fmt: skip
+
+
+def search(n_audio, n_text):
+    """The row of a search."""
+    with tempfile.TemporaryDirectory() as folder:
+        threshold = retrieve.make_stores(folder, n_audio, n_text, 0.0)
+        flags = ["--side", "ours", "--folder", folder]
+        flags += ["--threshold", repr(threshold)]
+        run = in_process("benchmarks.retrieve", flags)
+    return Row(
+        f"search {n_audio} x {n_text}", "script", run["seconds"], "s",
+        memory=run["memory"],
+    )  # fmt: skip
+
+
+def main(argv):
+    """Measure the three sizes of each; returns and prints the rows."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth")
+    parser.add_argument("--captions", type=int, default=512)
+    parser.add_argument("--clips", type=int, default=32)
+    parser.add_argument("--audio", type=int, default=20000)
+    parser.add_argument("--text", type=int, default=10000)
+    args = parser.parse_args(argv)
+    sizes = (1, 2, 4)
+    both = [embedding(n * args.captions, n * args.clips) for n in sizes]
+    rows = [row for kind in zip(*both) for row in kind]
+    rows += [search(n * args.audio, args.text) for n in sizes]
+    rows += [search(args.audio, n * args.text) for n in sizes[1:]]
+    print(machine())
+    show(rows)
+    return rows
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
