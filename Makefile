@@ -1,11 +1,12 @@
 # make demo: a small teacher, curation and students, from nothing
 # make test: the tests
-# Both make .venv and install the pinned requirements first.
+# make bench: figures of speed, into benchmarks/README.md
+# All make .venv and install the pinned requirements first.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint bench
 
 demo: .venv/installed
 	$(BIN)/python demo.py
@@ -16,6 +17,10 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: .venv/installed
+	$(BIN)/python -m pip install -r benchmarks/requirements.txt
+	$(BIN)/python -m benchmarks
 
 .venv/installed: requirements.txt extra_requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
