@@ -48,6 +48,7 @@ room. Embeddings of trained models lie near a few axes. How many to take is
 found from a sample, and whether it pays at all.
 """
 
+import concurrent.futures
 import dataclasses
 import math
 import time
@@ -215,19 +216,21 @@ class _Seen:
     bins: np.ndarray | None = None
     text_best: list = dataclasses.field(default_factory=list)
 
-    def add(self, product, text_begin):
+    def add(self, product, text_begin, scratch):
         """Count one product (audio rows, texts)."""
         if product.dtype == torch.bfloat16:
-            bits = product.view(torch.int16).numpy()
-            counts = _counted(bits.view(np.uint16), 2**16)
+            bits = product.view(torch.int16)
+            unsigned = scratch.take(torch.int32, bits.shape, bits.device)
+            counts = _counted(unsigned.copy_(bits).bitwise_and_(0xFFFF), 2**16)
+            bits = bits.numpy()
             self.bits = counts if self.bits is None else self.bits + counts
             # As integers, bits keep the order of positive numbers, and
             # negative ones stay below; no curve asks for more.
             best = [_from_bits(bits.max(axis=axis)) for axis in (1, 0)]
         else:
-            counts = _binned_fast(product)
-            self.bins = counts if self.bins is None else self.bins + counts
             best = [product.amax(dim=dim).cpu().numpy() for dim in (1, 0)]
+            counts = _binned_fast(product, scratch)
+            self.bins = counts if self.bins is None else self.bins + counts
         np.maximum(self.best, best[0], out=self.best)
         self.text_best.append((text_begin, best[1]))
 
@@ -447,11 +450,12 @@ def _pairs_of(rows, texts, tally, with_report, scratch):
             best = np.array([_argmax(product)])
             highest = _exact_of(rows, block, best)[2].item()
             tally.highest = max(tally.highest, highest)
-            # Bounds may exceed the similarities by more than the margin.
-            bound = product.view(-1)[best[0]].item() + margin
-            tally.margin = max(tally.margin, bound - highest)
+            if rows.fast.shape != rows.exact.shape:
+                # Bounds may exceed the similarities by more than the margin.
+                bound = product.view(-1)[best[0]].item() + margin
+                tally.margin = max(tally.margin, bound - highest)
         if with_report:
-            seen.add(product, block.begin)
+            seen.add(product, block.begin, scratch)
         audio, text, similarities = _exact_of(rows, block, flat)
         tally.highest = similarities.max(initial=tally.highest)
         keep = similarities >= tally.threshold
@@ -688,24 +692,26 @@ def _binned(values):
     return np.bincount(bins[bins >= 0], minlength=len(EDGES))
 
 
-def _binned_fast(product):
-    """The same for a whole fp32 product; below -1 counts as -1."""
-    bins = product.mul(100).floor_().add_(100).clamp_(0, len(EDGES) - 1)
-    bins = bins.to(torch.uint8)
-    if bins.is_cuda:
-        counts = torch.bincount(bins.view(-1), minlength=len(EDGES))
-        return counts.cpu().numpy()
-    return _counted(bins.numpy(), len(EDGES))
+def _binned_fast(product, scratch):
+    """The same for a whole fp32 product, which is lost; below -1 is -1."""
+    bins = scratch.take(torch.int32, product.shape, product.device)
+    steps = product.mul_(100).floor_().add_(100).clamp_(0, len(EDGES) - 1)
+    return _counted(bins.copy_(steps), len(EDGES))
 
 
 def _counted(values, size):
-    """Counts (size,) of the integers in a matrix."""
-    counts = np.zeros(size, dtype=np.int64)
-    # bincount makes int64 of all it is given.
-    for begin in range(0, len(values), 256):
-        part = values[begin : begin + 256].reshape(-1)
-        counts += np.bincount(part, minlength=size)
-    return counts
+    """Counts (size,) of the int32 numbers in a matrix."""
+
+    def count(part):
+        return torch.bincount(part, minlength=size)
+
+    flat = values.view(-1)
+    if values.is_cuda:
+        return count(flat).cpu().numpy()
+    # It counts in one thread, but does not hold others up.
+    threads = torch.get_num_threads()
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(count, flat.chunk(threads))).numpy()
 
 
 def _at_least(counts):
