@@ -161,7 +161,7 @@ def test_every_flag_may_be_empty(student, tmp_path):
     assert {"softclap_beta", "teacher_checkpointer", "base_lr"} <= set(keys)
     own = ("base", "adds", "text_pretrained", "clap", "epoch_counter")
     own += ("lr_plateau", "recoverables", "lr", "lr_min", "factor")
-    own += ("patience", "dont_halve_until_epoch")
+    own += ("patience", "dont_halve_until_epoch", "fused")
     empty = {key: "" for key in keys if key not in own}
     train(student, **empty, auto_mix_prec=True)
     assert len(history(tmp_path / "run")) == 2
