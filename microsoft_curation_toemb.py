@@ -325,12 +325,16 @@ def main(argv):
     brain.modules.eval()
     brain.weights_hash = state_hash(hparams["clap"].state_dict())
     keep_weights_in(hparams["clap"], brain.precision)
+    # Captions are read before the hours that audio takes, in case they cannot
+    # be, but embedded after it: loader processes are forked while there are no
+    # large buffers yet, whose pages would be copied one by one.
+    table = None
     if hparams["text_pathfile"]:
-        brain.dump_text(
-            read_captions(hparams["text_pathfile"], "text_pathfile")
-        )
+        table = read_captions(hparams["text_pathfile"], "text_pathfile")
     if hparams["audio_pathfile"]:
         brain.dump_audio(read_audio_list(hparams["audio_pathfile"]))
+    if table is not None:
+        brain.dump_text(table)
     experiment.finish()
 
 
