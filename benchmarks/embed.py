@@ -151,6 +151,21 @@ class Convolved(torch.nn.Module):
         return 10 * mel.clamp(min=1e-10).log10()
 
 
+def padding_tokenizer(folder):
+    """The ordinary way from captions to tokens: 100 of each."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/text_model")
+
+    def tokenize(texts):
+        tokens = tokenizer(
+            texts, padding="max_length", max_length=100, return_tensors="pt"
+        )
+        return dict(tokens)
+
+    return tokenize
+
+
 @torch.no_grad()
 def ordinary(folder, precision):
     """The baseline of the docstring.
@@ -160,8 +175,6 @@ def ordinary(folder, precision):
     dict
         Seconds of both, and the peak of memory.
     """
-    from transformers import AutoTokenizer
-
     from models.clap import CLAP
     from models.weights import load_weights
 
@@ -170,16 +183,13 @@ def ordinary(folder, precision):
     clap.eval()
     base = clap.audio_encoder.base
     base.logmel_extractor = Convolved(base.logmel_extractor.melW)
-    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/text_model")
+    tokenize = padding_tokenizer(folder)
     captions = pd.read_csv(f"{folder}/captions.csv")["caption"].tolist()
     with open(f"{folder}/audio.txt") as file:
         paths = file.read().splitlines()
 
     def encode_text(texts):
-        tokens = tokenizer(
-            texts, padding="max_length", max_length=100, return_tensors="pt"
-        )
-        return clap.encode_text(dict(tokens))
+        return clap.encode_text(tokenize(texts))
 
     def encode_audio(some):
         windows = []

@@ -28,7 +28,7 @@ import types
 import pandas as pd
 import torch
 
-from benchmarks.embed import Convolved, make_world
+from benchmarks.embed import Convolved, make_world, padding_tokenizer
 from benchmarks.measure import (
     KEEPING,
     Row,
@@ -107,8 +107,6 @@ def ours(folder, precision, batch, steps):
 
 def ordinary(folder, precision, batch, steps):
     """The baseline of the docstring."""
-    from transformers import AutoTokenizer
-
     from models.clap import CLAP
     from models.weights import load_weights
 
@@ -119,17 +117,11 @@ def ordinary(folder, precision, batch, steps):
     base.logmel_extractor = Convolved(base.logmel_extractor.melW)
     clap.to(device)
     optimizer = torch.optim.Adam(clap.parameters(), lr=1e-4)
-    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/text_model")
-
-    def tokenize(texts):
-        tokens = tokenizer(
-            texts, padding="max_length", max_length=100, return_tensors="pt"
-        )
-        return {k: v.to(device) for k, v in tokens.items()}
 
     def loss_of(wavs, tokens):
         autocast = torch.autocast(device, torch.bfloat16, device == "cuda")
         with autocast:
+            tokens = {k: v.to(device) for k, v in tokens.items()}
             audio, text, scale = clap(wavs.to(device), tokens)
         logits = scale * audio @ text.T
         labels = torch.arange(len(wavs), device=device)
@@ -139,6 +131,7 @@ def ordinary(folder, precision, batch, steps):
         ]
         return sum(losses) / 2
 
+    tokenize = padding_tokenizer(folder)
     data = list(batches_of(folder, batch, steps + 1, tokenize))
     clap.eval()
     with torch.no_grad():
