@@ -40,30 +40,26 @@ from curation.embeddings import (
 from curation.similarity import product_seconds
 from dataset.audio import AudioError
 from dataset.manifest import write_csv
-from dataset.pipelines import CropDataset, collate_crops
-from models.zeroshot import text_embeddings
+from dataset.pipelines import CropDataset, WindowDataset, collate_windows
+from models.zeroshot import clip_embeddings, text_embeddings
 
 logger = logging.getLogger(__name__)
 
 AUDIO, TEXT = "audio_audioset", "text_insper"
-CPU_BATCH = 16  # windows that a CPU encodes at once
+# Windows that a CPU encodes at once: the buffers of more take it longer than
+# their products, and the first batch is sooner there.
+CPU_BATCH = 16
 
 
 class EmbeddingBrain(sb.Brain):
     """Encodes windows and captions; nothing is trained."""
 
     @torch.inference_mode()
-    def embed_audio(self, windows):
-        """(items, samples) -> (items, d_proj) unit-norm."""
-        # The buffers of larger batches take a CPU longer than its products.
-        size = len(windows) if self.device_type == "cuda" else CPU_BATCH
+    def embed_audio(self, batch):
+        """WindowBatch -> (items, d_proj) unit-norm."""
         with self.training_ctx:
-            windows = windows.to(self.device, non_blocking=True)
-            parts = [
-                self.modules.clap.encode_audio(part)
-                for part in windows.split(size)
-            ]
-            return torch.cat(parts)
+            windows = batch.windows.to(self.device, non_blocking=True)
+            return clip_embeddings(self.modules.clap, windows, batch.counts)
 
     def embed_text(self, captions):
         """List of captions -> (captions, d_proj) unit-norm."""
@@ -89,13 +85,11 @@ class EmbeddingBrain(sb.Brain):
             Audio files, each once.
         """
         hparams = self.hparams
-        items, starts = list_windows(
-            paths, hparams.windows_per_clip, hparams.reader
-        )
+        windows = windows_of(paths, hparams.windows_per_clip, hparams.reader)
         writer = EmbeddingWriter(
             hparams.save_folder,
             AUDIO,
-            len(items),
+            len(windows),
             hparams.clap.d_proj,
             self.settings(
                 list=text_hash(paths),
@@ -108,28 +102,28 @@ class EmbeddingBrain(sb.Brain):
         if writer.finished:
             logger.info("%s is complete already", AUDIO)
             return
-        pending, bar = writer.work(hparams.audio_bs, "clip")
+        on_gpu = self.device_type == "cuda"
+        batch_size = hparams.audio_bs
+        if not on_gpu:
+            batch_size = min(batch_size, CPU_BATCH)
+        pending, bar = writer.work(batch_size, "clip")
         loader = DataLoader(
-            CropDataset([paths[i] for i in items], starts, hparams.reader),
+            windows,
             batch_sampler=pending,
-            collate_fn=collate_crops,
+            collate_fn=collate_windows,
             num_workers=hparams.num_workers,
-            pin_memory=self.device_type == "cuda",
+            pin_memory=on_gpu,
         )
         with bar:
-            for rows, windows, at, bad in loader:
-                if rows:
-                    writer.write(rows, self.embed_audio(windows), at)
-                writer.skip(bad)
-                bar.update(len(rows) + len(bad))
+            for batch in loader:
+                if batch.rows:
+                    vectors = self.embed_audio(batch)
+                    writer.write(batch.rows, vectors, batch.starts)
+                writer.skip(list(batch.unreadable))
+                bar.update(len(batch.rows) + len(batch.unreadable))
         ddp_barrier()
         if if_main_process():
-            finish_audio(
-                writer,
-                [paths[i] for i in items],
-                hparams.reader,
-                hparams.clap.duration,
-            )
+            finish_audio(writer, windows, hparams.clap.duration)
         ddp_barrier()
 
     def dump_text(self, table):
@@ -205,68 +199,66 @@ def keep_weights_in(clap, precision):
             module.to(dtype)
 
 
-def list_windows(paths, windows_per_clip, reader):
-    """The windows to embed.
+def windows_of(paths, windows_per_clip, reader):
+    """The windows to embed, an item for each row.
 
     Arguments
     ---------
     paths : list of str
         Audio files.
     windows_per_clip : str
-        "centre" for one window each, "all" for consecutive ones.
+        "centre" for one window of each, "all" for consecutive ones, a row
+        each, "mean" for the mean over these, as in zero-shot evaluation.
     reader : dataset.audio.AudioReader
-        Knows their length.
+        Reads them.
 
     Returns
     -------
-    tuple of list
-        Position in `paths` and start in seconds of each window; the start of
-        a centre window, and that of a file that cannot be read, is None.
+    dataset.pipelines.WindowDataset
 
     Raises
     ------
     ValueError
-        `windows_per_clip` is neither.
+        `windows_per_clip` is none of these.
     """
+    if windows_per_clip == "mean":
+        return WindowDataset(paths, reader)
     if windows_per_clip == "centre":
-        return list(range(len(paths))), [None] * len(paths)
+        return CropDataset(paths, reader, [None] * len(paths))
     if windows_per_clip != "all":
         raise ValueError(
-            f"windows_per_clip is '{windows_per_clip}': give centre or all"
+            f"windows_per_clip is '{windows_per_clip}': give centre, mean or "
+            "all"
         )
     items, starts = [], []
-    for i, path in enumerate(tqdm(paths, "lengths", unit="file")):
+    for path in tqdm(paths, "lengths", unit="file"):
         try:
             found = reader.starts(path)
         except AudioError:
             found = [None]
-        items += [i] * len(found)
+        items += [path] * len(found)
         starts += found
-    return items, starts
+    return CropDataset(items, reader, starts)
 
 
-def finish_audio(writer, paths, reader, duration):
+def finish_audio(writer, windows, duration):
     """Write what lies beside the audio embeddings, then the store itself.
 
     Arguments
     ---------
     writer : EmbeddingWriter
         With all of its items embedded or skipped.
-    paths : list of str
-        Audio file of each item.
-    reader : dataset.audio.AudioReader
-        Says once more why files were skipped.
+    windows : dataset.pipelines.WindowDataset
+        The items; says once more why files were skipped.
     duration : float
         Length of the windows in seconds.
     """
+    paths = windows.wav_paths
     index = np.flatnonzero(writer.fate == DONE)
     reasons = {}
     for i in np.flatnonzero(writer.fate == SKIPPED):
-        try:
-            reader.crop(paths[i])
-            reasons[paths[i]] = "could not be read at the time"
-        except AudioError as error:
-            reasons[paths[i]] = str(error)
+        *_, reason = windows[i]
+        reasons[paths[i]] = reason or "could not be read at the time"
     skipped = pd.DataFrame(reasons.items(), columns=["path", "reason"])
     write_csv(skipped, f"{writer.base}_skipped.csv")
     kept = [paths[i] for i in index]

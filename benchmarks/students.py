@@ -78,8 +78,6 @@ TRAINED = NETWORK + (
     ", duration: 2, text_pretrained: True, freeze_text_encoder: True}"
 )
 LOADED = NETWORK + ", duration: 2, text_pretrained: False}"
-# Whole clips are scored, and crops of them trained on.
-EMBEDDED = NETWORK + ", duration: 5, text_pretrained: False}"
 TRAINING = {
     "clap": TRAINED,
     "batch_size": 32,
@@ -92,10 +90,13 @@ TRAINING = {
 TEACHER = {"number_of_epochs": 11, "base_lr": 0.002}
 STUDENT = {"number_of_epochs": 8, "base_lr": 0.001}
 PARTS = [(0, 5), (0, 4), (0.5, 4.5), (1, 5)]  # seconds
-CURATION_PROB = 0.6
+CURATION_PROB = 0.8
 SOFT = {"softclap_beta": 0.3}
-PAIRS = {"sim_threshold": 0.6, "max_captions_per_audio": 5}
-DS = {"sim_threshold": 0.9, "min_captions_per_class": 10}
+DU = {"sim_threshold": 0.6, "max_captions_per_audio": 5}
+# The ten captions nearest to each class; of the 160 clips of ten classes,
+# each caption takes the best 12, so that no class takes those of others.
+DS = {"sim_threshold": 1, "min_captions_per_class": 10}
+ADS = {"sim_threshold": 0.6, "max_audios_per_caption": 12}
 
 TRAIN_YAML = "hparams/insper/microsoft_clap_train.yaml"
 SOFT_YAML = "hparams/insper/softclap_train.yaml"
@@ -206,7 +207,7 @@ class Loop:
     def curate(self):
         """Make DU.csv, ADS.csv and random.csv."""
         save = f"{self.folder}/embeddings/save"
-        weights = {"text_model": self.text_model, "clap": EMBEDDED}
+        weights = {"text_model": self.text_model, "clap": LOADED}
         weights |= self.teacher
         call(
             microsoft_curation_toemb,
@@ -214,10 +215,11 @@ class Loop:
             audio_pathfile=f"{self.folder}/audio.txt",
             text_pathfile=f"{self.folder}/captions.csv",
             output_folder=f"{self.folder}/embeddings",
+            windows_per_clip="mean",
             num_workers=0,
             **weights,
         )
-        call(retrieve_from_emb_thresh, DU_YAML, emb_dir=save, **PAIRS)
+        call(retrieve_from_emb_thresh, DU_YAML, emb_dir=save, **DU)
         call(
             retrieve_ds_t2t,
             DS_YAML,
@@ -228,7 +230,7 @@ class Loop:
             output_folder=f"{self.folder}/captions",
             **weights,
         )
-        call(retrieve_from_emb_thresh, ADS_YAML, emb_dir=save, **PAIRS)
+        call(retrieve_from_emb_thresh, ADS_YAML, emb_dir=save, **ADS)
         names = {
             "DU": "audioset_insper_duv2",
             "ADS": "esc_insper_audioset_dudsv3",

@@ -1,5 +1,6 @@
 """From manifests to batches of waveforms and tokens."""
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -157,13 +158,15 @@ class WindowBatch:
     """Clips of one batch in windows.
 
     `windows` is (sum of counts, samples), clip after clip; `rows` and `counts`
-    are the clips' rows in the data set and their numbers of windows.
+    are the clips' rows in the data set and their numbers of windows, `starts`
+    where the windows start that are not of a whole clip, in seconds, else NaN.
     `unreadable` maps the rows of other clips to the reason.
     """
 
     windows: torch.Tensor
     rows: list
     counts: list
+    starts: list
     unreadable: dict
 
     def pin_memory(self):
@@ -173,7 +176,7 @@ class WindowBatch:
 
 
 class WindowDataset(Dataset):
-    """Whole clips in consecutive windows, for evaluation.
+    """Whole clips in consecutive windows.
 
     Arguments
     ---------
@@ -192,69 +195,50 @@ class WindowDataset(Dataset):
         return len(self.wav_paths)
 
     def __getitem__(self, row):
-        """(row, windows, None), or (row, None, reason)."""
+        """(row, windows, start, None), or (row, None, None, reason)."""
         try:
-            return row, self.reader.windows(self.wav_paths[row]), None
+            return row, *self.read(row), None
         except AudioError as error:
-            return row, None, str(error)
+            return row, None, None, str(error)
+
+    def read(self, row):
+        """The windows of a clip, (windows, samples), and where it starts."""
+        return self.reader.windows(self.wav_paths[row]), math.nan
+
+
+class CropDataset(WindowDataset):
+    """One window of each item.
+
+    Arguments
+    ---------
+    wav_paths : sequence of str
+        Audio file of each item.
+    reader : dataset.audio.AudioReader
+        Reads the windows.
+    starts : list of float
+        Where its window starts, in seconds; None takes the centre window.
+    """
+
+    def __init__(self, wav_paths, reader, starts):
+        super().__init__(wav_paths, reader)
+        self.starts = starts
+
+    def read(self, row):
+        """The window of an item, (1, samples), and where it starts."""
+        window, start = self.reader.crop(
+            self.wav_paths[row], start=self.starts[row]
+        )
+        return window[None], start
 
 
 def collate_windows(examples):
     """List of items of `WindowDataset` -> WindowBatch."""
-    good = [
-        (row, windows) for row, windows, _ in examples if windows is not None
-    ]
+    good = [example[:3] for example in examples if example[1] is not None]
+    rows, windows, starts = zip(*good) if good else ((), (), ())
     return WindowBatch(
-        windows=torch.cat([w for _, w in good]) if good else torch.empty(0),
-        rows=[row for row, _ in good],
-        counts=[len(w) for _, w in good],
-        unreadable={row: why for row, _, why in examples if why is not None},
+        windows=torch.cat(windows) if good else torch.empty(0),
+        rows=list(rows),
+        counts=[len(w) for w in windows],
+        starts=list(starts),
+        unreadable={row: why for row, _, _, why in examples if why is not None},
     )
-
-
-class CropDataset(Dataset):
-    """One window of each item, for embeddings.
-
-    Arguments
-    ---------
-    wav_paths : list of str
-        Audio file of each item.
-    starts : list of float
-        Where its window starts, in seconds; None takes the centre window.
-    reader : dataset.audio.AudioReader
-        Reads the windows.
-    """
-
-    def __init__(self, wav_paths, starts, reader):
-        self.wav_paths = wav_paths
-        self.starts = starts
-        self.reader = reader
-
-    def __len__(self):
-        """Number of items."""
-        return len(self.wav_paths)
-
-    def __getitem__(self, item):
-        """(item, window, start), the last two None if it cannot be read."""
-        try:
-            crop = self.reader.crop(
-                self.wav_paths[item], start=self.starts[item]
-            )
-        except AudioError:
-            return item, None, None
-        return item, *crop
-
-
-def collate_crops(examples):
-    """List of items of `CropDataset` -> what can be embedded, what not.
-
-    Returns
-    -------
-    tuple
-        Items, their windows (items, samples) and starts; items left out.
-    """
-    good = [example for example in examples if example[1] is not None]
-    items = [item for item, _, _ in good]
-    windows = torch.stack([w for _, w, _ in good]) if good else None
-    bad = [item for item, window, _ in examples if window is None]
-    return items, windows, [start for _, _, start in good], bad

@@ -4,6 +4,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+# A long clip has hundreds of windows.
+WINDOWS_AT_ONCE = 64
+
 
 def prompted(template, text):
     """A class name in a prompt.
@@ -92,8 +95,10 @@ def clip_embeddings(clap, windows, counts):
     torch.Tensor
         (clips, d_proj) fp32, unit-norm.
     """
-    embeddings = clap.encode_audio(windows).split(counts)
-    means = torch.stack([clip.mean(dim=0) for clip in embeddings])
+    embeddings = torch.cat(
+        [clap.encode_audio(part) for part in windows.split(WINDOWS_AT_ONCE)]
+    )
+    means = torch.stack([c.mean(dim=0) for c in embeddings.split(counts)])
     return F.normalize(means, dim=-1)
 
 

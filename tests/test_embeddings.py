@@ -131,6 +131,28 @@ def test_all_windows(embed):
     assert not (save / "text_insper_embeddings.npy").exists()
 
 
+def test_the_mean_is_that_of_all_windows(embed):
+    every, mean = (
+        open_embeddings(
+            embed(name, windows_per_clip=name, text_pathfile=None),
+            "audio_audioset",
+        )
+        for name in ("all", "mean")
+    )
+    rows = every.block(0, len(every))
+    paths = every.manifest["wav_path"]
+    assert mean.manifest["wav_path"].tolist() == paths.unique().tolist()
+    for row, path in enumerate(mean.manifest["wav_path"]):
+        expected = rows[paths == path].mean(axis=0)
+        expected /= np.linalg.norm(expected)
+        np.testing.assert_allclose(
+            mean.block(row, row + 1)[0], expected, atol=2e-3
+        )
+    assert paths.duplicated().any()
+    # Training may crop anywhere.
+    assert mean.manifest[["start", "end"]].isna().all(axis=None)
+
+
 STORES = ("audio_audioset_embeddings.npy", "audio_audioset.csv",
           "text_insper_embeddings.npy", "text_insper.csv")  # fmt: skip
 
@@ -200,7 +222,7 @@ def test_a_finished_store_is_kept_and_another_refused(embed, world):
     [
         ({"audio_pathfile": "", "text_pathfile": ""}, "--audio_pathfile"),
         ({"ssl_checkpoints_dir": ""}, "Name the weights"),
-        ({"windows_per_clip": "each"}, "centre or all"),
+        ({"windows_per_clip": "each"}, "centre, mean or all"),
         ({"audio_pathfile": "{}/empty"}, "lists no files"),
         ({"text_pathfile": "{}/list.txt"}, "cannot be read|column caption"),
     ],
