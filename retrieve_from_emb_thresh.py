@@ -26,10 +26,11 @@ search, and the files are the same. The method is that of arXiv 2305.01864.
 import contextlib
 import logging
 import os
-import re
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from tqdm import tqdm
@@ -48,9 +49,9 @@ from dataset.manifest import write_json
 
 logger = logging.getLogger(__name__)
 
-HEADER = "ID,wav_path,caption,similarity,start,end\n"
-_NEEDS_QUOTES = re.compile('[",\r\n]')
+HEADER = b"ID,wav_path,caption,similarity,start,end\n"
 _BUFFER_PAIRS = 2**20
+_LINES_AT_ONCE = 2**17
 
 
 class PairSink:
@@ -61,7 +62,7 @@ class PairSink:
     audio, text : curation.embeddings.Embeddings
         Whose manifests name the rows.
     file : file
-        Text file to write to; None only counts.
+        Binary file to write to; None only counts.
     max_pairs : int
         Stop before more are written; None for no limit.
 
@@ -78,9 +79,8 @@ class PairSink:
         self.paths = manifest["wav_path"].to_numpy()
         self.times = manifest.reindex(columns=["start", "end"]).to_numpy(float)
         self.file, self.max_pairs = file, max_pairs
-        self.captions = (
-            [] if file is None else csv_cells(text.manifest["caption"])
-        )
+        if file is not None:
+            self.captions = csv_cells(text.manifest["caption"].tolist())
         self.pairs, self.clips = 0, 0
         self.kept = np.zeros(len(text), dtype=np.int64)
 
@@ -106,28 +106,36 @@ class PairSink:
                     "--target_pairs, or use --max_captions_per_audio or "
                     "--max_audios_per_caption"
                 )
-            self._write(audio_rows, text_rows, similarities, is_new)
+            for i in range(0, len(audio_rows), _LINES_AT_ONCE):
+                part = slice(i, i + _LINES_AT_ONCE)
+                self._write(
+                    self.pairs + i,
+                    *(p[part] for p in (audio_rows, text_rows, similarities)),
+                )
         self.pairs = total
         self.clips += int(is_new.sum())
         self.kept += np.bincount(text_rows, minlength=len(self.kept))
 
-    def _write(self, audio_rows, text_rows, similarities, is_new):
-        """Append lines; an audio row's cells are made once, not per pair."""
-        rows = audio_rows[is_new]
-        which = (is_new.cumsum() - 1).tolist()
-        paths = csv_cells(self.paths[rows])
+    def _write(self, first, audio_rows, text_rows, similarities):
+        """Append lines, of which `first` is the ID of the first one."""
+        # An audio row's cells are made once, not per pair.
+        rows, which = np.unique(audio_rows, return_inverse=True)
         times = [
-            ",".join("" if s != s else repr(s) for s in row)
+            ",".join("" if s != s else repr(s) for s in row) + "\n"
             for row in self.times[rows].tolist()
         ]
-        captions = self.captions
-        self.file.writelines(
-            f"{i},{paths[a]},{captions[t]},{s:.6f},{times[a]}\n"
-            for i, (a, t, s) in enumerate(
-                zip(which, text_rows.tolist(), similarities.tolist()),
-                start=self.pairs,
-            )
+        # Six digits, as decimal numbers have them.
+        values = pc.round(pa.array(similarities, pa.float64()), 6)
+        lines = pc.binary_join_element_wise(
+            pa.array(np.arange(first, first + len(which))).cast(pa.string()),
+            csv_cells(self.paths[rows]).take(pa.array(which)),
+            self.captions.take(pa.array(text_rows)),
+            values.cast(pa.decimal128(8, 6)).cast(pa.string()),
+            pa.array(times).take(pa.array(which)),
+            ",",
         )
+        _, _, text = lines.buffers()
+        self.file.write(text)
 
 
 def csv_cells(texts):
@@ -135,18 +143,19 @@ def csv_cells(texts):
 
     Arguments
     ---------
-    texts : iterable of str
+    texts : list or array of str
 
     Returns
     -------
-    list of str
+    pyarrow.StringArray
     """
-    return [
-        '"' + text.replace('"', '""') + '"'
-        if _NEEDS_QUOTES.search(text)
-        else text
-        for text in texts
-    ]
+    texts = pa.array(texts, pa.string())
+    quoted = pc.binary_join_element_wise(
+        '"', pc.replace_substring(texts, '"', '""'), '"', ""
+    )
+    return pc.if_else(
+        pc.match_substring_regex(texts, '[",\r\n]'), quoted, texts
+    )
 
 
 def limited(batches, hparams, num_texts):
@@ -326,7 +335,7 @@ def check_settings(hparams):
 
 @contextlib.contextmanager
 def written_whole(path, is_wanted=True):
-    """A text file that appears at its path only when it is complete.
+    """A file that appears at its path only when it is complete.
 
     Arguments
     ---------
@@ -340,8 +349,7 @@ def written_whole(path, is_wanted=True):
         return
     partial = f"{path}.partial"
     try:
-        # newline="": a caption's own line breaks stay as they are.
-        with open(partial, "w", encoding="utf-8", newline="") as file:
+        with open(partial, "wb") as file:
             yield file
         os.replace(partial, path)
     except BaseException as error:

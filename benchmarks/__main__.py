@@ -12,7 +12,15 @@ import pathlib
 import re
 import time
 
-from benchmarks import embed, growth, loading, retrieve, startup, step
+from benchmarks import (
+    embed,
+    growth,
+    loading,
+    retrieve,
+    startup,
+    step,
+    writing,
+)
 from benchmarks.measure import Row, machine, product_speed, table
 
 # Together under 15 minutes on two cores.
@@ -21,6 +29,7 @@ COMMANDS = {
     embed: ["--captions", "256", "--clips", "48", "--runs", "1"],
     loading: ["--files", "8", "--runs", "3"],
     retrieve: ["--audio", "40000", "--runs", "1"],
+    writing: ["--pairs", "500000", "--runs", "3"],
     startup: ["--runs", "1"],
     growth: ["--captions", "128", "--clips", "16"],
 }

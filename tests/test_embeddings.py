@@ -440,6 +440,6 @@ def test_a_disk_that_fills_leaves_no_half_csv(small_disk):
         retrieve_from_emb_thresh.written_whole(path) as file,
     ):
         for _ in range(1000):
-            file.write("a line of a CSV file " * 10)
+            file.write(b"a line of a CSV file " * 10)
     assert path.read_text() == "of the run before"
     assert [file.name for file in small_disk.iterdir()] == ["pairs.csv"]
