@@ -91,7 +91,9 @@ TEACHER = {"number_of_epochs": 11, "base_lr": 0.002}
 STUDENT = {"number_of_epochs": 8, "base_lr": 0.001}
 PARTS = [(0, 5), (0, 4), (0.5, 4.5), (1, 5)]  # seconds
 CURATION_PROB = 0.8
-SOFT = {"softclap_beta": 0.3}
+# Of a batch's captions of one class, only equal ones count as such; for all
+# others it is up to the teacher.
+SOFT = {"softclap_beta": 0.8}
 DU = {"sim_threshold": 0.6, "max_captions_per_audio": 5}
 # The ten captions nearest to each class; of the 160 clips of ten classes,
 # each caption takes the best 12, so that no class takes those of others.
