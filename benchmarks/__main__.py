@@ -1,57 +1,71 @@
 """All benchmarks of speed, and the table of their figures.
 
     make bench
+    python -m benchmarks embed growth
 
-Writes benchmarks/results/<machine>.json and, between its two marks, the tables
-of all such files into benchmarks/README.md.
+The second measures these alone anew. Writes benchmarks/results/<machine>.json
+and, between its two marks, the tables of all such files into
+benchmarks/README.md.
 """
 
+import argparse
 import dataclasses
+import importlib
 import json
 import pathlib
 import re
+import sys
 import time
 
-from benchmarks import (
-    embed,
-    growth,
-    loading,
-    retrieve,
-    startup,
-    step,
-    writing,
-)
 from benchmarks.measure import Row, machine, product_speed, table
 
 # Together under 15 minutes on two cores.
 COMMANDS = {
-    step: ["--batch", "16", "--steps", "2"],
-    embed: ["--captions", "256", "--clips", "48", "--runs", "1"],
-    loading: ["--files", "8", "--runs", "3"],
-    retrieve: ["--audio", "40000", "--runs", "1"],
-    writing: ["--pairs", "500000", "--runs", "3"],
-    startup: ["--runs", "1"],
-    growth: ["--captions", "128", "--clips", "16"],
+    "step": ["--batch", "16", "--steps", "2"],
+    "embed": ["--captions", "256", "--clips", "48", "--runs", "1"],
+    "loading": ["--files", "8", "--runs", "3"],
+    "retrieve": ["--audio", "40000", "--runs", "1"],
+    "writing": ["--pairs", "500000", "--runs", "3"],
+    "startup": ["--runs", "1"],
+    "growth": ["--captions", "128", "--clips", "16"],
 }
 FOLDER = pathlib.Path(__file__).parent
 MARKS = ("<!-- made by make bench -->\n", "<!-- end -->\n")
 
 
-def main():
-    """Run everything and write what came out."""
-    record = {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
-    record["products"] = {p: product_speed(p) for p in ("fp32", "bf16")}
-    rows = []
-    for module, flags in COMMANDS.items():
-        print(f"\n{module.__name__} {' '.join(flags)}", flush=True)
-        rows += module.main(flags)
-    record["rows"] = [dataclasses.asdict(row) for row in rows]
-    results = FOLDER / "results"
-    results.mkdir(exist_ok=True)
-    name = re.sub(r"\W+", "-", record["machine"]).strip("-").lower()
-    path = results / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    write_tables(sorted(results.glob("*.json")))
+def main(argv):
+    """Run what is named, or everything, and write what came out."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"what to measure: {', '.join(COMMANDS)}; all by default",
+    )
+    names = parser.parse_args(argv).names or list(COMMANDS)
+    unknown = set(names) - COMMANDS.keys()
+    if unknown:
+        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}")
+    device = machine()
+    name = re.sub(r"\W+", "-", device).strip("-").lower()
+    path = FOLDER / "results" / f"{name}.json"
+    record = {"machine": device, "benchmarks": {}}
+    if path.exists():
+        record = json.loads(path.read_text())
+    for name in names:
+        print(f"\nbenchmarks.{name} {' '.join(COMMANDS[name])}", flush=True)
+        # A virtual machine's speed changes from hour to hour.
+        products = {p: product_speed(p) for p in ("fp32", "bf16")}
+        module = importlib.import_module(f"benchmarks.{name}")
+        rows = module.main(COMMANDS[name])
+        record["benchmarks"][name] = {
+            "date": time.strftime("%Y-%m-%d"),
+            "products": products,
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    write_tables(sorted(path.parent.glob("*.json")))
     print(f"See {path} and {FOLDER / 'README.md'}")
 
 
@@ -60,13 +74,18 @@ def write_tables(paths):
     text = ""
     for path in paths:
         record = json.loads(path.read_text())
-        products = ", ".join(
-            f"{name} {speed / 1e9:.0f} GFLOP/s"
-            for name, speed in record["products"].items()
-        )
-        text += f"\n### {record['machine']}\n\n"
-        text += f"{record['date']}; product of matrices: {products}.\n\n"
-        text += table([Row(**row) for row in record["rows"]])
+        text += f"\n### {record['machine']}\n"
+        for name in COMMANDS:
+            if name not in record["benchmarks"]:
+                continue
+            found = record["benchmarks"][name]
+            products = ", ".join(
+                f"{precision} {speed / 1e9:.0f} GFLOP/s"
+                for precision, speed in found["products"].items()
+            )
+            text += f"\n`{name}`, {found['date']}; product of matrices: "
+            text += f"{products}.\n\n"
+            text += table([Row(**row) for row in found["rows"]])
     readme = FOLDER / "README.md"
     before, _, rest = readme.read_text().partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
@@ -74,4 +93,4 @@ def write_tables(paths):
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
