@@ -25,7 +25,8 @@ reporting.
 Beside the accuracies stands what was curated: precision, the fraction of pairs
 whose caption names the class of their clip; coverage, the fraction of the
 unlabelled clips that have a pair, and the number of the ten classes of which
-a clip has a right one. A stopped run goes on by the same command.
+a clip has a right one. classes.csv has accuracy and precision of each class. A
+stopped run goes on by the same command.
 """
 
 import argparse
@@ -277,9 +278,7 @@ class Loop:
     def judge(self, pairs):
         """Precision and coverage of curated pairs by the true labels."""
         true = pairs["wav_path"].map(self.unlabelled)
-        named = names_in(pairs["caption"])
-        columns = named.columns.get_indexer(true)
-        right = named.to_numpy()[np.arange(len(pairs)), columns]
+        right = is_right(pairs["caption"], true)
         return {
             "pairs": len(pairs),
             "captions": pairs["caption"].nunique(),
@@ -342,6 +341,13 @@ def names_in(captions):
     )
 
 
+def is_right(captions, labels):
+    """Which captions name the class beside them, (captions,) booleans."""
+    named = names_in(captions)
+    columns = named.columns.get_indexer(labels)
+    return named.to_numpy()[np.arange(len(captions)), columns]
+
+
 def call(script, yaml_file, **flags):
     """Run a script's command line in this process."""
     script.main([yaml_file, *(f"--{k}={v}" for k, v in flags.items())])
@@ -387,6 +393,44 @@ def summarize(results):
         table[f"sd over {name}"] = gain.std()
     figures = results.drop(columns="accuracy").groupby("model").mean()
     return table.join(figures).loc[["teacher", *MODELS]]
+
+
+def by_class(esc, folders):
+    """Accuracy of each model, and precision of its pairs, in each class.
+
+    Arguments
+    ---------
+    esc : str
+        ESC-50's folder.
+    folders : list of str
+        Of the loops.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Means over the loops, in per cent: a row for each class; of DU and ADS,
+        the fraction of the pairs of its clips that name it.
+    """
+    clips = prepare_zeroshot("esc", esc, esc10=True).clips
+    labels = clips.set_index("wav_path")["label"]
+    table = []
+    for folder in folders:
+        for model in ("teacher", *MODELS):
+            path = f"{folder}/{model.replace(' ', '_')}/zeroshot/results.json"
+            if not os.path.exists(path):
+                continue
+            with open(path) as file:
+                classes = json.load(file)["classes"]
+            table += [(k, model, v["accuracy"]) for k, v in classes.items()]
+        for method in ("DU", "ADS"):
+            pairs = pd.read_csv(f"{folder}/{method}.csv")
+            true = pairs["wav_path"].map(labels)
+            right = is_right(pairs["caption"], true)
+            means = pd.Series(right).groupby(true.to_numpy()).mean()
+            table += [(k, f"{method} pairs", v) for k, v in means.items()]
+    table = pd.DataFrame(table, columns=["class", "of", "value"])
+    means = 100 * table.pivot_table("value", "class", "of")
+    return means[["teacher", *MODELS, "DU pairs", "ADS pairs"]]
 
 
 def draw(results, path):
@@ -451,7 +495,11 @@ def main(argv):
     )
     draw(results, f"{args.output}/accuracy.png")
     print(table.round(2).to_string())
-    print(f"See {args.output}/results.csv and accuracy.png")
+    folders = [f"{args.output}/{f}_{s}" for s in args.seeds for f in args.folds]
+    classes = by_class(esc, folders)
+    write_csv(classes.reset_index(), f"{args.output}/classes.csv")
+    print(classes.round(0).to_string())
+    print(f"See {args.output}/results.csv, classes.csv and accuracy.png")
 
 
 if __name__ == "__main__":
