@@ -412,7 +412,7 @@ def by_class(esc, folders):
         the fraction of the pairs of its clips that name it.
     """
     clips = prepare_zeroshot("esc", esc, esc10=True).clips
-    labels = clips.set_index("wav_path")["label"]
+    labels = clips.set_index(clips["wav_path"].map(os.path.basename))["label"]
     table = []
     for folder in folders:
         for model in ("teacher", *MODELS):
@@ -424,7 +424,7 @@ def by_class(esc, folders):
             table += [(k, model, v["accuracy"]) for k, v in classes.items()]
         for method in ("DU", "ADS"):
             pairs = pd.read_csv(f"{folder}/{method}.csv")
-            true = pairs["wav_path"].map(labels)
+            true = pairs["wav_path"].map(os.path.basename).map(labels)
             right = is_right(pairs["caption"], true)
             means = pd.Series(right).groupby(true.to_numpy()).mean()
             table += [(k, f"{method} pairs", v) for k, v in means.items()]
