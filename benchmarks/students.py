@@ -97,7 +97,7 @@ CURATION_PROB = 0.8
 SOFT = {"softclap_beta": 0.8}
 DU = {"sim_threshold": 0.6, "max_captions_per_audio": 5}
 # The ten captions nearest to each class; of the 160 clips of ten classes,
-# each caption takes the best 12, so that no class takes those of others.
+# each caption takes the best 12, lest one class take nearly all.
 DS = {"sim_threshold": 1, "min_captions_per_class": 10}
 ADS = {"sim_threshold": 0.6, "max_audios_per_caption": 12}
 

@@ -4,8 +4,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-# A long clip has hundreds of windows.
-WINDOWS_AT_ONCE = 64
+# Windows that are encoded at once, or as many as there are clips in the batch:
+# a long clip has hundreds.
+WINDOWS_AT_ONCE = 16
 
 
 def prompted(template, text):
@@ -95,8 +96,9 @@ def clip_embeddings(clap, windows, counts):
     torch.Tensor
         (clips, d_proj) fp32, unit-norm.
     """
+    size = max(WINDOWS_AT_ONCE, len(counts))
     embeddings = torch.cat(
-        [clap.encode_audio(part) for part in windows.split(WINDOWS_AT_ONCE)]
+        [clap.encode_audio(part) for part in windows.split(size)]
     )
     means = torch.stack([c.mean(dim=0) for c in embeddings.split(counts)])
     return F.normalize(means, dim=-1)

@@ -131,7 +131,9 @@ def test_all_windows(embed):
     assert not (save / "text_insper_embeddings.npy").exists()
 
 
-def test_the_mean_is_that_of_all_windows(embed):
+def test_the_mean_is_that_of_all_windows(embed, monkeypatch):
+    # More windows than are encoded at once.
+    monkeypatch.setattr("models.zeroshot.WINDOWS_AT_ONCE", 2)
     every, mean = (
         open_embeddings(
             embed(name, windows_per_clip=name, text_pathfile=None),
