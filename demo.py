@@ -28,10 +28,14 @@ TEACHER = (
     f"--ssl_checkpoints_dir={FOLDER}/teacher/save --ssl_checkpointer=latest"
 )
 EMBEDDINGS = f"{FOLDER}/embeddings/save"
-PAIRS = f"--emb_dir={EMBEDDINGS} --sim_threshold=0.7 --max_captions_per_audio=5"
+DU = f"--emb_dir={EMBEDDINGS} --sim_threshold=0.7 --max_captions_per_audio=5"
+# Ten captions for each class, and for each caption its best clips, so that no
+# class is left out.
+DS = f"--emb_dir={EMBEDDINGS} --sim_threshold=1 --min_captions_per_class=10"
+ADS = f"--emb_dir={EMBEDDINGS} --sim_threshold=0.6 --max_audios_per_caption=20"
 STUDENT = (
     f"--train_csv_path={FOLDER}/teacher/save/train_raw.csv {TEACHER}"
-    " --curation_prob=1 --number_of_epochs=12"
+    " --curation_prob=0.8 --number_of_epochs=40"
 )
 # Rows of the summary, and the names of their folders.
 MODELS = {
@@ -52,7 +56,7 @@ def zeroshot(model):
 
 
 COMMANDS = [
-    f"python -m dataset.synthetic {DATA} --unlabelled 600",
+    f"python -m dataset.synthetic {DATA} --clips_per_class 10 --unlabelled 600",
     "python microsoft_clap_train.py hparams/demo/microsoft_clap_train.yaml"
     f" --data_annot_folder={DATA}/pairs --output_folder={FOLDER}/teacher",
     zeroshot("teacher"),
@@ -61,12 +65,12 @@ COMMANDS = [
     f" --text_pathfile={DATA}/captions.csv {TEACHER}"
     f" --output_folder={FOLDER}/embeddings",
     "python retrieve_from_emb_thresh.py"
-    f" hparams/curation/audioset_insper_duv2_retr.yaml {PAIRS}",
+    f" hparams/curation/audioset_insper_duv2_retr.yaml {DU}",
     "python retrieve_ds_t2t.py hparams/demo/t2t_retr.yaml"
-    f" --target_csv_path={DATA}/captions.csv --emb_dir={EMBEDDINGS} {TEACHER}"
+    f" --target_csv_path={DATA}/captions.csv {DS} {TEACHER}"
     f" --output_folder={FOLDER}/captions",
     "python retrieve_from_emb_thresh.py"
-    f" hparams/demo/audioset_dudsv3_retr.yaml {PAIRS}",
+    f" hparams/demo/audioset_dudsv3_retr.yaml {ADS}",
     "python microsoft_clap_train.py hparams/demo/microsoft_clap_train.yaml"
     f" {STUDENT} --curation_csv={EMBEDDINGS}/audioset_insper_duv2_curation.csv"
     f" --output_folder={FOLDER}/student_du_hard",

@@ -37,7 +37,7 @@ import soundfile
 
 from dataset.text_model import make_text_model
 
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 SETTINGS_FILE = "synthetic.json"
 FOLDS = 5
 CORPUS_SIZE = 800
@@ -109,11 +109,16 @@ def _slow_curve(rng, seconds, rate, per_second):
 
 
 def _onsets(rng, seconds, per_second, jitter=0.0):
-    """Times of events in seconds; jitter is a fraction of their interval."""
+    """Times of events in seconds, the first one within the first half.
+
+    Jitter is a fraction of their interval.
+    """
     count = int(np.ceil(seconds * per_second))
     onsets = rng.uniform(0, 0.8) + np.arange(count)
     onsets += rng.uniform(-jitter, jitter, count)
     onsets = np.maximum(onsets, 0) / per_second
+    # Else a short clip of slow events may be silent.
+    onsets[0] = min(onsets[0], seconds / 2)
     return onsets[onsets < seconds]
 
 

@@ -238,6 +238,14 @@ def test_every_sound_has_the_length_and_level_of_its_scene(rate, channels):
         assert 10 * np.log10(power.max()) == pytest.approx(-30, abs=0.1)
 
 
+def test_short_clips_of_slow_events_are_not_silent():
+    short = scene(seconds=1.2, speed=0)
+    for sound in SOUNDS:
+        for seed in range(20):
+            clip = render(np.random.default_rng(seed), sound, short, 16000, 1)
+            assert np.abs(clip).max() > 0.05, (sound.label, seed)
+
+
 def test_loud_clips_are_not_clipped():
     rng = np.random.default_rng(0)
     clip = render(rng, SOUNDS[2], scene(level=0.0), 16000, 1)
