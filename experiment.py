@@ -16,6 +16,7 @@ one.)
 import copy
 import ctypes
 import difflib
+import functools
 import logging
 import os
 import shlex
@@ -308,16 +309,21 @@ def resume_command(argv, output_folder, same_command):
     return shlex.join([*launcher, sys.argv[0], *argv])
 
 
+@functools.cache
 def keep_freed_memory():
     """Have glibc keep the large buffers that each step frees and asks again.
 
-    By default it gives them back, and the kernel clears every page anew.
-    Elsewhere than on Linux with glibc nothing happens.
+    By default it gives them back, and the kernel clears every page anew. They
+    are given back before a process is forked, as loaders do: pages that two
+    processes share are copied at the next write, which takes longer than to
+    clear them, and the copies stay as long as the other process. Elsewhere
+    than on Linux with glibc nothing happens.
     """
     if not sys.platform.startswith("linux"):
         return
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        libc = ctypes.CDLL("libc.so.6")
+        mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
     except (OSError, AttributeError):
         return
     # Numbers of the parameters in <malloc.h>; the values are C ints.
@@ -325,6 +331,7 @@ def keep_freed_memory():
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, -1)  # never
     mallopt(top_pad, 2**28)
+    os.register_at_fork(before=lambda: malloc_trim(0))
 
 
 def _read_hparams(path):

@@ -1,6 +1,9 @@
 """The command line: given, deleted and empty flags, and wrong ones."""
 
+import platform
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -217,3 +220,32 @@ def test_resume_command(monkeypatch):
     assert experiment.resume_command(argv, "out", True) == shlex.join(
         ["python", "train.py", *argv]
     )
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="glibc's allocator alone is told"
+)
+def test_freed_memory_is_kept_until_a_process_is_forked():
+    program = """
+import os
+import numpy as np
+import experiment
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+experiment.keep_freed_memory()
+empty = resident()
+np.ones(2**25)
+kept = resident()
+if os.fork() == 0:
+    os._exit(0)
+os.wait()
+print(kept - empty, resident() - empty)
+"""
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    kept, left = map(int, run.stdout.split())
+    assert kept > 0.9 * 2**28
+    assert left < 0.2 * 2**28
