@@ -318,8 +318,8 @@ def main(argv):
     brain.weights_hash = state_hash(hparams["clap"].state_dict())
     keep_weights_in(hparams["clap"], brain.precision)
     # Captions are read before the hours that audio takes, in case they cannot
-    # be, but embedded after it: loader processes are forked while there are no
-    # large buffers yet, whose pages would be copied one by one.
+    # be, but embedded after it: the fork of audio's loader processes gives
+    # freed buffers back (experiment.keep_freed_memory), and so has few to give.
     table = None
     if hparams["text_pathfile"]:
         table = read_captions(hparams["text_pathfile"], "text_pathfile")
