@@ -20,7 +20,7 @@ import sys
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dataset.manifest import write_json
+from dataset.manifest import write_json, written_whole
 
 FOLDER = "results/demo"
 DATA = f"{FOLDER}/data"
@@ -113,7 +113,8 @@ def draw(rows, path):
     )
     axes.axhline(rows[0]["chance"], color="black", linestyle=":")
     axes.set_ylabel("zero-shot accuracy, 95 % interval; dotted: chance")
-    figure.savefig(path, dpi=120)
+    with written_whole(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def main():

@@ -18,6 +18,7 @@ import ctypes
 import difflib
 import functools
 import logging
+import math
 import os
 import shlex
 import sys
@@ -107,6 +108,53 @@ def require_weights(hparams):
         )
 
 
+def refuse_training_options(run_opts):
+    """Stop a script that only evaluates if it is told how to train.
+
+    Raises
+    ------
+    SystemExit
+        It names the flag.
+    """
+    for key in ("precision", "auto_mix_prec"):
+        if key in run_opts:
+            raise SystemExit(f"--{key} is of training: give --eval_precision")
+
+
+def check_numbers(hparams, names, lowest, highest=math.inf, whole=False):
+    """Stop a script if a flag has no sensible value.
+
+    Arguments
+    ---------
+    hparams : dict
+    names : sequence of str
+        Keys that may be None, or a number within the limits.
+    lowest, highest : float
+    whole : bool
+        Whether only integers will do.
+
+    Raises
+    ------
+    SystemExit
+        The first that is wrong is named.
+    """
+    limits = f"from {lowest} to {highest}"
+    if highest == math.inf:
+        limits = f"of {lowest} or more"
+    for name in names:
+        value = hparams[name]
+        if value is None:
+            continue
+        kinds = int if whole else int | float
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, kinds)
+            or not lowest <= value <= highest
+        ):
+            kind = "whole number" if whole else "number"
+            raise SystemExit(f"--{name}={value}: give a {kind} {limits}")
+
+
 def finish():
     """The last step of a script that torchrun may have started.
 
@@ -155,7 +203,7 @@ def parse_arguments(argv):
         if not token.startswith("--"):
             raise SystemExit(f"'{token}' is no flag; flags are --key=value")
         if not equals:
-            is_switch = options.get(key) is False
+            is_switch = isinstance(options.get(key, defaults.get(key)), bool)
             given = tokens and not tokens[0].startswith("--")
             value = tokens.pop(0) if given else "True" if is_switch else ""
         if key not in known:
@@ -173,6 +221,7 @@ def parse_arguments(argv):
                     "--%s is empty: its default holds (%s)", key, defaults[key]
                 )
         elif key in defaults:
+            _check_type(key, value, defaults[key])
             overrides[key] = value
         else:
             run_opts[key] = _run_option(key, value, options[key])
@@ -385,6 +434,18 @@ def _parse_value(text):
     if isinstance(value, bool | int | float):
         return value
     return value if text.lstrip()[:1] in ("{", "[") else text
+
+
+def _check_type(key, value, default):
+    """Stop if a flag of the YAML file is no switch, or no number, as it is."""
+    is_switch = isinstance(default, bool)
+    if is_switch and not isinstance(value, bool):
+        raise SystemExit(f"--{key}={value}: give True or False")
+    is_number = isinstance(default, int | float) and not is_switch
+    if is_number and (
+        isinstance(value, bool) or not isinstance(value, int | float)
+    ):
+        raise SystemExit(f"--{key}={value}: give a number")
 
 
 def _run_option(key, value, default):

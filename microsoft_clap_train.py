@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import experiment
-from dataset.manifest import read_pairs, write_csv
+from dataset.manifest import read_pairs, write_csv, written_whole
 from dataset.mixing import MixedBatchSampler
 from dataset.pipelines import (
     PairCollator,
@@ -273,7 +273,8 @@ class HistoryLogger(train_logger.TrainLogger):
                 axes.plot(history["epoch"], history[column], label=column)
             axes.set_xlabel("epoch")
             axes.legend(frameon=False)
-        figure.savefig(f"{self.path}.png", dpi=120)
+        with written_whole(f"{self.path}.png") as file:
+            figure.savefig(file, format="png", dpi=120)
 
 
 def _itself(rows):
@@ -337,6 +338,8 @@ def check_flags(hparams):
         raise ValueError(
             f"lr_schedule is '{hparams.lr_schedule}': give plateau or cosine"
         )
+    counts = ["batch_size", "number_of_epochs", "grad_accumulation_factor"]
+    experiment.check_numbers(vars(hparams), counts, 1, whole=True)
     for switch, data in (
         ("curation_prob", "curation_csv"),
         ("use_zs_loader", "data_zs_folder"),

@@ -22,7 +22,11 @@ import pandas as pd
 import speechbrain as sb
 import torch
 from speechbrain.utils.autocast import AMPConfig
-from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from speechbrain.utils.distributed import (
+    ddp_barrier,
+    ddp_broadcast,
+    if_main_process,
+)
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -33,13 +37,13 @@ from curation.embeddings import (
     EmbeddingWriter,
     dump_captions,
     read_captions,
-    read_list,
+    read_record,
     state_hash,
     text_hash,
 )
 from curation.similarity import product_seconds
 from dataset.audio import AudioError
-from dataset.manifest import write_csv
+from dataset.manifest import read_lines, write_csv, written_whole
 from dataset.pipelines import CropDataset, WindowDataset, collate_windows
 from models.zeroshot import clip_embeddings, text_embeddings
 
@@ -69,7 +73,11 @@ class EmbeddingBrain(sb.Brain):
             )
 
     def settings(self, **more):
-        """What embeddings depend on, for the record."""
+        """What embeddings depend on but for rounding, for the record.
+
+        Batch sizes are not among it, so that a run that was stopped for want
+        of memory can go on with smaller ones.
+        """
         return {
             "weights": self.weights_hash,
             "precision": self.precision,
@@ -86,13 +94,17 @@ class EmbeddingBrain(sb.Brain):
         """
         hparams = self.hparams
         windows = windows_of(paths, hparams.windows_per_clip, hparams.reader)
+        all_windows = hparams.windows_per_clip == "all"
+        starts = windows.starts if all_windows else []
         writer = EmbeddingWriter(
             hparams.save_folder,
             AUDIO,
             len(windows),
             hparams.clap.d_proj,
             self.settings(
-                list=text_hash(paths),
+                # Windows of a file that was changed since would be others.
+                list=text_hash([*windows.wav_paths, *map(str, starts)]),
+                hop_size=hparams.clap.hop_size,
                 windows_per_clip=hparams.windows_per_clip,
                 sample_rate=hparams.reader.sample_rate,
                 duration=hparams.clap.duration,
@@ -106,7 +118,7 @@ class EmbeddingBrain(sb.Brain):
         batch_size = hparams.audio_bs
         if not on_gpu:
             batch_size = min(batch_size, CPU_BATCH)
-        pending, bar = writer.work(batch_size, "clip")
+        pending, bar = writer.work(batch_size, "clip", self.noprogressbar)
         loader = DataLoader(
             windows,
             batch_sampler=pending,
@@ -142,7 +154,8 @@ class EmbeddingBrain(sb.Brain):
             self.embed_text,
             hparams.text_bs,
             hparams.clap.d_proj,
-            self.settings(text_max_length=hparams.tokenizer.text_max_length),
+            self.settings(**hparams.tokenizer.settings()),
+            noprogressbar=self.noprogressbar,
         )
 
 
@@ -175,12 +188,27 @@ def choose_precision(precision, device):
     if precision != "auto":
         return precision
     if not on_cpu:
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        # Not one that emulates it, as those before Ampere do.
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if native else "fp16"
     fp32, bf16 = (
         product_seconds(dtype, width=1024)
         for dtype in (torch.float32, torch.bfloat16)
     )
     return "bf16" if 1.5 * bf16 < fp32 else "fp32"
+
+
+def precision_of_folder(save_folder):
+    """That of the stores there, finished or not; auto if there are none.
+
+    A resumed run does not measure again, and may not choose again.
+    """
+    for stem in (AUDIO, TEXT):
+        for path in (f"{stem}.json", f"{stem}.partial.json"):
+            path = os.path.join(save_folder, path)
+            if os.path.exists(path):
+                return read_record(path, ("settings",))["settings"]["precision"]
+    return "auto"
 
 
 def keep_weights_in(clap, precision):
@@ -244,6 +272,11 @@ def windows_of(paths, windows_per_clip, reader):
 def finish_audio(writer, windows, duration):
     """Write what lies beside the audio embeddings, then the store itself.
 
+    Raises
+    ------
+    ValueError
+        All items were skipped; nothing but the list of these is left.
+
     Arguments
     ---------
     writer : EmbeddingWriter
@@ -261,11 +294,16 @@ def finish_audio(writer, windows, duration):
         reasons[paths[i]] = reason or "could not be read at the time"
     skipped = pd.DataFrame(reasons.items(), columns=["path", "reason"])
     write_csv(skipped, f"{writer.base}_skipped.csv")
+    if not len(index):
+        writer.remove_partial()
+        raise ValueError(
+            f"None of the {len(reasons)} files of --audio_pathfile can be "
+            f"read: see {writer.base}_skipped.csv"
+        )
     kept = [paths[i] for i in index]
     files = f"{writer.base}_files.txt"
-    with open(f"{files}.partial", "w", encoding="utf-8") as file:
-        file.writelines(f"{path}\n" for path in kept)
-    os.replace(f"{files}.partial", files)
+    with written_whole(files) as file:
+        file.writelines(f"{path}\n".encode() for path in kept)
     starts = writer.at[index]
     times = {"start": starts, "end": starts + duration}
     manifest = pd.DataFrame({"wav_path": kept, **times})
@@ -283,9 +321,12 @@ def finish_audio(writer, windows, duration):
 def read_audio_list(path):
     """Absolute paths of a list, each once; duplicates are reported."""
     folder = os.path.dirname(os.path.abspath(path))
+    try:
+        lines = read_lines(path)
+    except ValueError as error:
+        raise ValueError(f"--audio_pathfile={error}") from error
     listed = [
-        os.path.normpath(os.path.join(folder, line.strip()))
-        for line in read_list(path)
+        os.path.normpath(os.path.join(folder, line.strip())) for line in lines
     ]
     if not listed:
         raise ValueError(f"--audio_pathfile={path} lists no files")
@@ -305,10 +346,15 @@ def main(argv):
     if not (hparams["audio_pathfile"] or hparams["text_pathfile"]):
         raise SystemExit("Give --audio_pathfile, --text_pathfile or both")
     experiment.require_weights(hparams)
+    experiment.check_numbers(hparams, ["audio_bs", "text_bs"], 1, whole=True)
     if "eval_precision" in run_opts:
         raise SystemExit("--eval_precision: give --precision to this script")
-    run_opts["precision"] = choose_precision(
-        hparams["precision"], run_opts["device"]
+    precision = hparams["precision"]
+    if precision == "auto":
+        precision = precision_of_folder(hparams["save_folder"])
+    # One process decides: others might measure otherwise.
+    run_opts["precision"] = ddp_broadcast(
+        choose_precision(precision, run_opts["device"]), src=0
     )
     brain = EmbeddingBrain(
         modules={"clap": hparams["clap"]}, hparams=hparams, run_opts=run_opts

@@ -24,7 +24,7 @@ from speechbrain.utils.distributed import if_main_process
 from torch.utils.data import DataLoader
 
 import experiment
-from dataset.manifest import write_csv, write_json
+from dataset.manifest import write_csv, write_json, written_whole
 from dataset.pipelines import WindowDataset, collate_windows
 from models.zeroshot import (
     bootstrap_interval,
@@ -100,7 +100,8 @@ class ZeroShotBrain(sb.Brain):
             truth, guesses, labels["text"].tolist(), results["accuracy"]
         )
         path = os.path.join(folder, "confusion_matrix.png")
-        figure.savefig(path, dpi=120)
+        with written_whole(path) as file:
+            figure.savefig(file, format="png", dpi=120)
         write_json(results, os.path.join(folder, "results.json"))
         logger.info(
             "Zero-shot accuracy %.4f (95 %% interval %.4f to %.4f, chance "
@@ -232,6 +233,8 @@ def main(argv):
     """Evaluate as the command line says."""
     hparams, run_opts = experiment.start(argv)
     experiment.require_weights(hparams)
+    experiment.refuse_training_options(run_opts)
+    experiment.check_numbers(hparams, ["batch_size"], 1, whole=True)
     brain = ZeroShotBrain(
         modules={"clap": hparams["clap"]}, hparams=hparams, run_opts=run_opts
     )

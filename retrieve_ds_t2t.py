@@ -25,11 +25,11 @@ from curation.embeddings import (
     dump_captions,
     open_embeddings,
     read_captions,
-    read_list,
     state_hash,
     text_hash,
     write_store,
 )
+from dataset.manifest import read_lines
 from dataset.prepare_zeroshot import BUILT_IN_LABELS, read_labels
 from models.zeroshot import class_embeddings, text_embeddings
 
@@ -63,8 +63,9 @@ class CaptionBrain(sb.Brain):
     def corpus(self, table):
         """Embeddings of the captions to choose from.
 
-        Those of the embedding run, if they are of the same captions and
-        weights; otherwise they are made, in a store of their own.
+        Those of the embedding run, in whatever precision, if they are of the
+        same captions and weights; otherwise they are made, in a store of their
+        own, which takes the place of an earlier one.
 
         Arguments
         ---------
@@ -78,23 +79,21 @@ class CaptionBrain(sb.Brain):
         hparams = self.hparams
         settings = {
             "weights": self.weights_hash,
-            "precision": self.eval_precision,
-            "text_max_length": hparams.tokenizer.text_max_length,
+            **hparams.tokenizer.settings(),
         }
-        wanted = {
-            **settings,
-            "list": text_hash(table["caption"]),
-            "size": hparams.clap.d_proj,
-        }
+        wanted = {**settings, "list": text_hash(table["caption"])}
         path = os.path.join(hparams.emb_dir, "text_insper.json")
         if os.path.exists(path):
             found = open_embeddings(hparams.emb_dir, "text_insper")
-            if found.info["settings"] == wanted:
+            there = found.info["settings"]
+            different = [k for k in wanted if there.get(k) != wanted[k]]
+            if not different:
                 return found
             logger.warning(
-                "text_insper in %s is of other captions, weights or settings "
-                "and is not used: the captions are embedded again",
+                "text_insper in %s is not used, since it differs in: %s. The "
+                "captions are embedded again",
                 hparams.emb_dir,
+                ", ".join(different),
             )
         stem = f"{hparams.dataset}_t2t_corpus"
         dump_captions(
@@ -104,7 +103,9 @@ class CaptionBrain(sb.Brain):
             self.embed_text,
             hparams.text_bs,
             hparams.clap.d_proj,
-            settings,
+            {**settings, "precision": self.eval_precision},
+            replaces=True,
+            noprogressbar=self.noprogressbar,
         )
         return open_embeddings(hparams.emb_dir, stem)
 
@@ -174,14 +175,16 @@ def report(similarities, rows, classes, labels, captions):
         As `choose` returns them.
     labels : list of str
         (classes,).
-    captions : sequence of str
+    captions : pandas.Series
         All captions.
     """
     counts = np.bincount(classes, minlength=len(labels))
     lines = [f"{'class':24}{'captions':>9}{'best':>8}  nearest"]
     for k, label in enumerate(labels):
-        order = np.argsort(-similarities[:, k], kind="stable")[:3]
-        nearest = " | ".join(captions[i][:60] for i in order)
+        order = np.argsort(-similarities[:, k], kind="stable")
+        # Equal captions are shown once.
+        texts = captions.iloc[order].drop_duplicates()[:3]
+        nearest = " | ".join(text[:60] for text in texts)
         best = similarities[order[0], k]
         lines.append(f"{label:24}{counts[k]:>9}{best:>8.3f}  {nearest}")
     logger.info("Captions by class\n%s", "\n".join(lines))
@@ -207,9 +210,15 @@ def class_names(hparams):
     """
     path = hparams["class_path"]
     if path and not path.endswith(".csv"):
-        names = [line.strip() for line in read_list(path)]
+        try:
+            names = [line.strip() for line in read_lines(path)]
+        except ValueError as error:
+            raise ValueError(f"--class_path={error}") from error
         if not names:
             raise ValueError(f"--class_path={path} is empty")
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise ValueError(f"--class_path={path} lists '{name}' twice")
         return names, [name.replace("_", " ") for name in names]
     if not path and hparams["dataset"] not in BUILT_IN_LABELS:
         raise ValueError(
@@ -229,6 +238,10 @@ def main(argv):
         if not hparams[flag]:
             raise SystemExit(f"Give --{flag}")
     experiment.require_weights(hparams)
+    experiment.refuse_training_options(run_opts)
+    experiment.check_numbers(hparams, ["sim_threshold"], -1, 1)
+    experiment.check_numbers(hparams, ["text_bs"], 1, whole=True)
+    experiment.check_numbers(hparams, ["min_captions_per_class"], 0, whole=True)
     labels, texts = class_names(hparams)
     table = read_captions(hparams["target_csv_path"], "target_csv_path")
     brain = CaptionBrain(
@@ -259,7 +272,11 @@ def main(argv):
         [corpus.vectors[rows]],
         ds_manifest(chosen),
         corpus.info["settings"],
-        {"classes": labels, "sim_threshold": hparams["sim_threshold"]},
+        {
+            "classes": labels,
+            "text_prompt": hparams["text_prompt"],
+            "sim_threshold": hparams["sim_threshold"],
+        },
         f"{base}_ds.csv",
     )
     logger.info("%d captions in %s_ds.csv", len(rows), base)

@@ -45,7 +45,7 @@ from curation.similarity import (
     pairs_over,
     principal_axes,
 )
-from dataset.manifest import write_json
+from dataset.manifest import write_json, written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +76,11 @@ class PairSink:
 
     def __init__(self, audio, text, file=None, max_pairs=None):
         manifest = audio.manifest
-        self.paths = manifest["wav_path"].to_numpy()
+        self.paths = pa.array(manifest["wav_path"], pa.string())
         self.times = manifest.reindex(columns=["start", "end"]).to_numpy(float)
         self.file, self.max_pairs = file, max_pairs
         if file is not None:
-            self.captions = csv_cells(text.manifest["caption"].tolist())
+            self.captions = csv_cells(text.manifest["caption"])
         self.pairs, self.clips = 0, 0
         self.kept = np.zeros(len(text), dtype=np.int64)
 
@@ -128,7 +128,7 @@ class PairSink:
         values = pc.round(pa.array(similarities, pa.float64()), 6)
         lines = pc.binary_join_element_wise(
             pa.array(np.arange(first, first + len(which))).cast(pa.string()),
-            csv_cells(self.paths[rows]).take(pa.array(which)),
+            csv_cells(self.paths.take(pa.array(rows))).take(pa.array(which)),
             self.captions.take(pa.array(text_rows)),
             values.cast(pa.decimal128(8, 6)).cast(pa.string()),
             pa.array(times).take(pa.array(which)),
@@ -143,7 +143,7 @@ def csv_cells(texts):
 
     Arguments
     ---------
-    texts : list or array of str
+    texts : sequence of str
 
     Returns
     -------
@@ -158,37 +158,30 @@ def csv_cells(texts):
     )
 
 
-def limited(batches, hparams, num_texts):
-    """Apply the limits that are set, per audio first, then per caption.
+def best_per_audio(batches, count):
+    """The best pairs of each audio row, in order.
 
     Arguments
     ---------
     batches : iterable of tuple of array
         Pairs as `pairs_over` yields them.
-    hparams : dict
-        `max_captions_per_audio` and `max_audios_per_caption`, or None. The
-        latter holds back all pairs to the end, in memory for at most twice as
-        many pairs as can be kept.
-    num_texts : int
-        Number of captions.
+    count : int
+        Pairs an audio row; None for all.
 
-    Returns
-    -------
-    iterable of tuple of array
+    Yields
+    ------
+    tuple of array
     """
-    per_audio = hparams["max_captions_per_audio"]
-    per_caption = hparams["max_audios_per_caption"]
-    if per_audio is not None:
-        batches = (
-            _taken(pairs, keep_best(*pairs, per_audio)) for pairs in batches
-        )
-    if per_caption is not None:
-        batches = best_per_caption(batches, per_caption, num_texts)
-    return batches
+    for pairs in batches:
+        if count is not None:
+            pairs = _taken(pairs, keep_best(*pairs, count))
+        yield pairs
 
 
 def best_per_caption(batches, count, num_texts):
     """The best pairs of each caption, all at once, in order.
+
+    They are in memory until the end, and at most as many again.
 
     Arguments
     ---------
@@ -318,46 +311,10 @@ def check_settings(hparams):
     SystemExit
         It names the flag.
     """
-    threshold = hparams["sim_threshold"]
-    is_number = isinstance(threshold, int | float)
-    if not is_number or isinstance(threshold, bool) or abs(threshold) > 1:
-        raise SystemExit(
-            f"--sim_threshold={threshold}: give a number from -1 to 1"
-        )
-    names = ("max_captions_per_audio", "max_audios_per_caption")
-    for name in ("audio_bs", "max_pairs", "target_pairs", *names):
-        value = hparams[name]
-        if name != "audio_bs" and value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise SystemExit(f"--{name}={value}: give a whole number over 0")
-
-
-@contextlib.contextmanager
-def written_whole(path, is_wanted=True):
-    """A file that appears at its path only when it is complete.
-
-    Arguments
-    ---------
-    path : str
-        Where it goes.
-    is_wanted : bool
-        False gives None instead of a file.
-    """
-    if not is_wanted:
-        yield None
-        return
-    partial = f"{path}.partial"
-    try:
-        with open(partial, "wb") as file:
-            yield file
-        os.replace(partial, path)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(partial)
-        if isinstance(error, OSError):
-            raise OSError(f"{path} cannot be written: {error}") from error
-        raise
+    experiment.check_numbers(hparams, ["sim_threshold"], -1, 1)
+    limits = ["max_captions_per_audio", "max_audios_per_caption"]
+    names = ["audio_bs", "max_pairs", "target_pairs", *limits]
+    experiment.check_numbers(hparams, names, 1, whole=True)
 
 
 def share_of(count, block_size):
@@ -384,7 +341,7 @@ def share_of(count, block_size):
     return min(ends[0], count), min(ends[1], count)
 
 
-def gathered(batches, path):
+def gathered(batches, path, most=None):
     """Pairs of all processes, in order of rank, in the main process.
 
     Arguments
@@ -393,6 +350,8 @@ def gathered(batches, path):
         This process's pairs.
     path : str
         Where they wait, in a file for each process, until all are found.
+    most : int
+        A process that has more need not look for further ones.
 
     Yields
     ------
@@ -402,20 +361,30 @@ def gathered(batches, path):
     if not torch.distributed.is_initialized():
         yield from batches
         return
-    own = f"{path}.{torch.distributed.get_rank()}"
-    with open(own, "wb") as file:
+    count = 0
+    with written_whole(f"{path}.{torch.distributed.get_rank()}") as file:
         for pairs in batches:
             for part in pairs:
                 np.save(file, part)
+            count += len(pairs[0])
+            if most is not None and count > most:
+                break
     ddp_barrier()
     if if_main_process():
-        for rank in range(torch.distributed.get_world_size()):
-            with open(f"{path}.{rank}", "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                while file.tell() < size:
-                    yield tuple(np.load(file) for _ in range(3))
+        files = [
+            f"{path}.{rank}"
+            for rank in range(torch.distributed.get_world_size())
+        ]
+        try:
+            for name in files:
+                with open(name, "rb") as file:
+                    size = os.fstat(file.fileno()).st_size
+                    while file.tell() < size:
+                        yield tuple(np.load(file) for _ in range(3))
+        finally:
+            for name in files:
+                os.remove(name)
     ddp_barrier()
-    os.remove(own)
 
 
 def all_of(tally):
@@ -441,7 +410,7 @@ def retrieve(audio, text, hparams, run_opts):
     name, dry_run = hparams["curation_name"], hparams["dry_run"]
     base = os.path.join(hparams["emb_dir"], name)
 
-    def search(threshold, with_report):
+    def search(threshold, with_report, per_audio=None, most=None):
         first, last = share_of(len(audio), hparams["audio_bs"])
         with tqdm(
             total=last - first,
@@ -474,7 +443,8 @@ def retrieve(audio, text, hparams, run_opts):
                 axes=axes,
             )
             moved = ((a + first, t, s) for a, t, s in batches)
-            yield from gathered(moved, f"{base}_pairs.partial")
+            best = best_per_audio(moved, per_audio)
+            yield from gathered(best, f"{base}_pairs.partial", most)
         tally.start(threshold)
         for other in all_of(own):
             tally.absorb(other)
@@ -482,21 +452,31 @@ def retrieve(audio, text, hparams, run_opts):
     is_main = if_main_process()
     with_report = hparams["with_report"] or dry_run
     threshold, target = hparams["sim_threshold"], hparams["target_pairs"]
+    per_audio = hparams["max_captions_per_audio"]
+    per_caption = hparams["max_audios_per_caption"]
+    max_pairs = None if dry_run else hparams["max_pairs"]
     if target is None:
-        batches = search(threshold, with_report)
+        most = max_pairs if per_caption is None else None
+        batches = search(threshold, with_report, per_audio, most)
     else:
         for _ in search(np.inf, True):
             pass
         start = lowest_start(tally, target)
         threshold, pairs = best_on_grid(search(start, False), start, target)
         logger.info("--target_pairs=%d: the threshold is %g", target, threshold)
-        batches = [pairs]
+        batches = best_per_audio([pairs], per_audio)
+    if per_caption is not None:
+        batches = best_per_caption(batches, per_caption, len(text))
     path = f"{base}_curation.csv"
-    with written_whole(path, is_main and not dry_run) as file:
-        sink = PairSink(audio, text, file, hparams["max_pairs"])
-        if file is not None:
+    writes = is_main and not dry_run
+    with (
+        written_whole(path) if writes else contextlib.nullcontext() as file,
+        contextlib.closing(batches),
+    ):
+        sink = PairSink(audio, text, file, max_pairs)
+        if writes:
             file.write(HEADER)
-        for pairs in limited(batches, hparams, len(text)):
+        for pairs in batches:
             sink.add(*pairs)
     if not is_main:
         return
@@ -510,7 +490,8 @@ def retrieve(audio, text, hparams, run_opts):
         }
         write_json(report, f"{base}_report.json")
         figure = report_figure(report, name)
-        figure.savefig(f"{base}_report.png", dpi=100)
+        with written_whole(f"{base}_report.png") as file:
+            figure.savefig(file, format="png", dpi=100)
     if not sink.pairs:
         logger.warning(
             "No pair reaches the threshold %g: the highest similarity is %.6f",

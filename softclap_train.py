@@ -113,11 +113,19 @@ def check_teacher(hparams):
     SystemExit
         It names the flag.
     """
-    beta, tau = hparams["softclap_beta"], hparams["softclap_tau"]
-    if not (isinstance(beta, int | float) and 0 <= beta <= 1):
-        raise SystemExit(f"--softclap_beta={beta}: give a number from 0 to 1")
-    if not (isinstance(tau, int | float) and tau > 0):
-        raise SystemExit(f"--softclap_tau={tau}: give a number over 0")
+    experiment.check_numbers(hparams, ["softclap_beta"], 0, 1)
+    if not hparams["softclap_tau"] > 0:
+        raise SystemExit(
+            f"--softclap_tau={hparams['softclap_tau']}: give a number over 0"
+        )
+    if (
+        hparams["teacher_checkpointer"]
+        and not (hparams["teacher_checkpoints_dir"])
+    ):
+        raise SystemExit(
+            "--teacher_checkpointer chooses a checkpoint of "
+            "--teacher_checkpoints_dir, which is not given"
+        )
     if not (
         hparams["teacher_checkpoints_dir"]
         or hparams["clap_ckpt_path"]

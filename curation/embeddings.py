@@ -9,7 +9,9 @@ A store of the stem `audio_audioset` in a folder is
 Stores of other programs, without the record, can be read too.
 """
 
+import contextlib
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -21,11 +23,21 @@ import torch
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from tqdm import tqdm
 
+from dataset.manifest import (
+    read_lines,
+    read_table,
+    write_cells,
+    write_json,
+    written_whole,
+)
+
 logger = logging.getLogger(__name__)
 
 # What becomes of an item: not embedded yet, embedded, or left out.
 WAITING, DONE, SKIPPED = 0, 1, 2
 _COPY_ROWS = 65536
+# What embeddings may depend on besides the settings: on record, not compared.
+_PACKAGES = ("torch", "torchaudio", "speechbrain", "transformers", "numpy")
 
 
 class Embeddings:
@@ -95,7 +107,10 @@ def open_embeddings(emb_dir, stem, manifest_path=None):
             f"{path} does not exist: give the save folder of a finished "
             "embedding run as --emb_dir"
         )
-    vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole .npy file: {error}") from error
     if vectors.ndim != 2 or vectors.dtype not in (np.float16, np.float32):
         raise ValueError(
             f"{path} holds {vectors.dtype} of shape {vectors.shape}; "
@@ -108,6 +123,12 @@ def open_embeddings(emb_dir, stem, manifest_path=None):
     if manifest_path is None:
         raise FileNotFoundError(f"{path} has no manifest {' or '.join(names)}")
     manifest = _read_manifest(manifest_path)
+    own = os.path.join(emb_dir, f"{stem}.csv")
+    if manifest_path.endswith(".txt") and os.path.exists(own):
+        # The list of the same files, which lacks the windows' times.
+        whole = _read_manifest(own)
+        if whole["wav_path"].equals(manifest["wav_path"]):
+            manifest = whole
     if len(manifest) != len(vectors):
         raise ValueError(
             f"{manifest_path} has {len(manifest)} rows and {path} "
@@ -115,8 +136,7 @@ def open_embeddings(emb_dir, stem, manifest_path=None):
         )
     info, record = None, os.path.join(emb_dir, f"{stem}.json")
     if os.path.exists(record):
-        with open(record, encoding="utf-8") as file:
-            info = json.load(file)
+        info = read_record(record, ("settings", "manifest"))
         if info["manifest"] != manifest_hash(manifest):
             raise ValueError(
                 f"{manifest_path} was changed after its embeddings were made: "
@@ -128,20 +148,61 @@ def open_embeddings(emb_dir, stem, manifest_path=None):
 
 
 def _read_manifest(path):
-    """A manifest with every cell as text, `start` and `end` as seconds."""
+    """A manifest with every cell as text, `start` and `end` as seconds.
+
+    Raises
+    ------
+    ValueError
+        It cannot be read, or has neither captions nor paths, or a time that
+        is no number.
+    """
     if path.endswith(".txt"):
-        paths = read_list(path)
+        paths = pd.Series(read_lines(path), dtype="str")
         return pd.DataFrame({"wav_path": paths, "start": np.nan})
-    manifest = pd.read_csv(path, dtype=str, keep_default_na=False)
+    manifest = read_table(path)
+    if not {"caption", "wav_path"}.intersection(manifest.columns):
+        raise ValueError(
+            f"{path} is no manifest: it lacks the columns wav_path and "
+            f"caption; its header is {','.join(manifest.columns)}"
+        )
     for name in manifest.columns.intersection(["start", "end"]):
-        manifest[name] = pd.to_numeric(manifest[name])
+        try:
+            manifest[name] = pd.to_numeric(manifest[name])
+        except ValueError as error:
+            raise ValueError(f"{path}, column {name}: {error}") from error
     return manifest
 
 
-def read_list(path):
-    """Lines of a text file that are not blank."""
-    with open(path, encoding="utf-8") as file:
-        return [line.rstrip("\n") for line in file if line.strip()]
+def read_record(path, keys):
+    """A store's record, or that of one in the making.
+
+    Arguments
+    ---------
+    path : str
+        JSON file.
+    keys : sequence of str
+        What it must hold.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    ValueError
+        It is no such file.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            record = json.load(file)
+        for key in keys:
+            record[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no record of embeddings ({error!r}): delete it to have "
+            "them taken as those of another program, or embed again"
+        ) from error
+    return record
 
 
 def check_same_weights(audio, text):
@@ -209,8 +270,10 @@ def manifest_hash(manifest):
     """Hash of what the rows are embeddings of: captions, or path and start."""
     if "caption" in manifest:
         return text_hash(manifest["caption"])
-    starts = manifest["start"].map(repr)
-    return text_hash(manifest["wav_path"] + "\n" + starts)
+    return text_hash(
+        f"{path}\n{start!r}"
+        for path, start in zip(manifest["wav_path"], manifest["start"])
+    )
 
 
 class EmbeddingWriter:
@@ -229,7 +292,9 @@ class EmbeddingWriter:
     size : int
         Values a vector.
     settings : dict
-        All that the vectors depend on; plain values.
+        All that the vectors depend on but for rounding; plain values.
+    replaces : bool
+        Whether a store of other settings gives way to this one.
 
     Raises
     ------
@@ -240,11 +305,17 @@ class EmbeddingWriter:
         message names those that differ.
     """
 
-    def __init__(self, folder, stem, num_items, size, settings):
+    def __init__(self, folder, stem, num_items, size, settings, replaces=False):
         self.base = os.path.join(folder, stem)
         self.settings = {**settings, "size": size}
-        self.finished = self._check(f"{self.base}.json")
+        self.replaces = replaces
+        self.finished = self._check(f"{self.base}.json") and os.path.exists(
+            f"{self.base}_embeddings.npy"
+        )
         record = f"{self.base}.partial.json"
+        if self.finished and if_main_process():
+            # Of a process that was killed while it tidied up.
+            self.remove_partial()
         if self.finished or num_items == 0:
             return
         paths = [f"{self.base}.partial.{k}.npy" for k in ("rows", "fate", "at")]
@@ -259,21 +330,24 @@ class EmbeddingWriter:
             _check_space(folder, 2 * 2 * num_items * size)
             for path, (dtype, shape) in zip(paths, kinds):
                 np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
-            _write_json({"settings": self.settings}, record)
+                _take_space(path)
+            write_json({"settings": self.settings}, record)
         ddp_barrier()
         self.rows, self.fate, self.at = (np.load(p, "r+") for p in paths)
 
     def _check(self, path):
-        """Whether a record is there; it must be of the same settings."""
+        """Whether a record is there, of the same settings."""
         if not os.path.exists(path):
             return False
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)["settings"]
+        found = read_record(path, ("settings",))["settings"]
         different = [
             f"{key} ({found.get(key)} there, {self.settings.get(key)} now)"
             for key in sorted(found.keys() | self.settings.keys())
             if found.get(key) != self.settings.get(key)
         ]
+        if different and self.replaces:
+            logger.info("%s is replaced: %s", path, ", ".join(different))
+            return False
         if different:
             raise ValueError(
                 f"{path} is of other embeddings: {', '.join(different)}. Use "
@@ -281,7 +355,7 @@ class EmbeddingWriter:
             )
         return True
 
-    def work(self, batch_size, unit):
+    def work(self, batch_size, unit, noprogressbar=False):
         """What this process has to do, and a progress bar for it.
 
         Which items share a batch depends neither on what is done already nor
@@ -293,6 +367,8 @@ class EmbeddingWriter:
             Items a batch.
         unit : str
             What an item is, for the bar.
+        noprogressbar : bool
+            Whether to show none.
 
         Returns
         -------
@@ -314,7 +390,7 @@ class EmbeddingWriter:
             total=total,
             initial=total - left,
             unit=unit,
-            disable=not if_main_process(),
+            disable=noprogressbar or not if_main_process(),
             dynamic_ncols=True,
         )
         return pending, bar
@@ -350,14 +426,35 @@ class EmbeddingWriter:
             One row for each.
         info : dict
             What else to put on record.
+
+        Raises
+        ------
+        RuntimeError
+            Some items were neither written nor skipped.
         """
+        # As other processes left it: on a file system of a network their
+        # writes need not have come here.
+        fate = np.load(f"{self.base}.partial.fate.npy")
+        waiting = np.flatnonzero(fate == WAITING)
+        if len(waiting):
+            raise RuntimeError(
+                f"{len(waiting)} items of {self.base}, the first of them "
+                f"{waiting[0]}, were not embedded; run the same command again. "
+                "Processes on several machines need a file system that shows "
+                "all of them the same"
+            )
         parts = (
             self.rows[index[i : i + _COPY_ROWS]]
             for i in range(0, len(index), _COPY_ROWS)
         )
         write_store(self.base, parts, manifest, self.settings, info)
-        for kind in ("rows.npy", "fate.npy", "at.npy", "json"):
-            os.remove(f"{self.base}.partial.{kind}")
+        self.remove_partial()
+
+    def remove_partial(self):
+        """Remove what the store grows from, the record first."""
+        for kind in ("json", "rows.npy", "fate.npy", "at.npy"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(f"{self.base}.partial.{kind}")
 
 
 def write_store(base, parts, manifest, settings, info, manifest_path=None):
@@ -382,30 +479,44 @@ def write_store(base, parts, manifest, settings, info, manifest_path=None):
     """
     path = f"{base}_embeddings.npy"
     manifest_path = manifest_path or f"{base}.csv"
-    if os.path.exists(f"{base}.json"):
-        os.remove(f"{base}.json")
     header = {
         "descr": "<f2",
         "fortran_order": False,
         "shape": (len(manifest), settings["size"]),
     }
-    with open(f"{path}.partial", "wb") as file:
+    # Both are complete before the first is renamed.
+    with written_whole(manifest_path) as table, written_whole(path) as file:
         np.lib.format.write_array_header_1_0(file, header)
         for part in parts:
             file.write(np.ascontiguousarray(part, dtype="<f2").tobytes())
-    manifest.to_csv(f"{manifest_path}.partial", index=False)
-    os.replace(f"{path}.partial", path)
-    os.replace(f"{manifest_path}.partial", manifest_path)
+        write_cells(manifest, table)
+        table.flush()
+        file.flush()
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(f"{base}.json")
     record = {
         "settings": settings,
         "manifest": manifest_hash(_read_manifest(manifest_path)),
         "rows": len(manifest),
         "dtype": "float16",
+        "versions": {
+            name: importlib.metadata.version(name) for name in _PACKAGES
+        },
     }
-    _write_json(record | info, f"{base}.json")
+    write_json(record | info, f"{base}.json")
 
 
-def dump_captions(folder, stem, table, encode, batch_size, size, settings):
+def dump_captions(
+    folder,
+    stem,
+    table,
+    encode,
+    batch_size,
+    size,
+    settings,
+    replaces=False,
+    noprogressbar=False,
+):
     """Make a store of captions.
 
     Each distinct caption is embedded once, those of like length together.
@@ -424,14 +535,20 @@ def dump_captions(folder, stem, table, encode, batch_size, size, settings):
         Values a vector.
     settings : dict
         As `EmbeddingWriter`; the list of captions is added to it.
+    replaces : bool
+        As `EmbeddingWriter`.
+    noprogressbar : bool
+        Whether to show no progress.
     """
     distinct = sorted(table["caption"].unique(), key=lambda c: (len(c), c))
     settings = {**settings, "list": text_hash(table["caption"])}
-    writer = EmbeddingWriter(folder, stem, len(distinct), size, settings)
+    writer = EmbeddingWriter(
+        folder, stem, len(distinct), size, settings, replaces
+    )
     if writer.finished:
         logger.info("%s is complete already", writer.base)
         return
-    pending, bar = writer.work(batch_size, "caption")
+    pending, bar = writer.work(batch_size, "caption", noprogressbar)
     with bar:
         for rows in pending:
             writer.write(rows, encode([distinct[i] for i in rows]))
@@ -472,14 +589,9 @@ def read_captions(path, flag):
         It cannot be read or has no captions.
     """
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--{flag}={path} cannot be read: {error}") from error
-    if "caption" not in table:
-        raise ValueError(
-            f"--{flag}={path} lacks the column caption; its header is "
-            f"{', '.join(table.columns)}"
-        )
+        table = read_table(path, ["caption"])
+    except ValueError as error:
+        raise ValueError(f"--{flag}={error}") from error
     # As in training; a line end in a cell would not survive every reader.
     table["caption"] = [" ".join(c.split()) for c in table["caption"]]
     empty = table["caption"] == ""
@@ -495,11 +607,7 @@ def read_captions(path, flag):
 
 
 def _check_space(folder, needed):
-    """Raise if a disk has fewer bytes free than are needed.
-
-    A memory-mapped file takes its space only when it is written to, and a disk
-    that is full by then kills the process.
-    """
+    """Raise if a disk has fewer bytes free than are needed."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
@@ -509,8 +617,16 @@ def _check_space(folder, needed):
         )
 
 
-def _write_json(content, path):
-    """Write a JSON file whole or not at all."""
-    with open(f"{path}.partial", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-    os.replace(f"{path}.partial", path)
+def _take_space(path):
+    """Have a file, which exists sparse, occupy its place on the disk.
+
+    A disk that is full only when a memory map is written to kills the process
+    without a message.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error

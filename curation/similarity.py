@@ -494,9 +494,11 @@ def _prepare(vectors, begin, dtype, device, kind, axes=None):
     exact = exact.mul(GRID).round_().div_(GRID)
     norm = _largest_norm(exact)
     if not norm <= _MAX_NORM:
+        norms = 1.001 * torch.linalg.vector_norm(exact, dim=1)
+        row = begin + torch.nonzero(~(norms <= _MAX_NORM))[0].item()
         raise ValueError(
-            f"Of the {kind} rows {begin} to {begin + len(exact) - 1} one is "
-            f"not finite or its norm exceeds {_MAX_NORM:g}"
+            f"The {kind} embedding of row {row} (from 0) is not finite or its "
+            f"norm exceeds {_MAX_NORM:g}"
         )
     whole = exact
     if axes is not None:

@@ -17,6 +17,13 @@ import torchaudio
 # Every format that libsndfile decodes, by the file endings in use.
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif")
 
+# Resampling between rates of a ratio of large numbers, 47951:44100, takes a
+# kernel of about so many values; every common pair of rates is far below.
+LARGEST_KERNEL = 2**24
+# Integers of 32 bits that someone stored as floats are still taken. Beyond,
+# spectrograms overflow.
+LOUDEST = 2.0**31
+
 
 class AudioError(Exception):
     """An audio file that cannot be used; the message is the reason."""
@@ -71,10 +78,21 @@ def _resampler(orig_rate, sample_rate):
         The transform; the period (orig_rate / gcd input frames make
         sample_rate / gcd output samples); the margin in periods that covers
         half of the filter's support.
+
+    Raises
+    ------
+    AudioError
+        The rates have too large a ratio.
     """
-    transform = torchaudio.transforms.Resample(orig_rate, sample_rate)
     gcd = math.gcd(orig_rate, sample_rate)
     period = (orig_rate // gcd, sample_rate // gcd)
+    # About the size of the kernel, which exists whole.
+    if period[0] * period[1] > LARGEST_KERNEL:
+        raise AudioError(
+            f"cannot be resampled from {orig_rate} to {sample_rate} Hz, whose "
+            f"ratio is {period[0]}:{period[1]}"
+        )
+    transform = torchaudio.transforms.Resample(orig_rate, sample_rate)
     # torchaudio's kernel reaches `width` input frames to either side.
     cutoff = min(period) * transform.rolloff
     width = math.ceil(transform.lowpass_filter_width * period[0] / cutoff)
@@ -113,7 +131,8 @@ def read_samples(file, sample_rate, begin, end):
     Raises
     ------
     AudioError
-        Nothing could be decoded there, or it holds NaN or infinite values.
+        Nothing could be decoded there, it holds values that no audio has, or
+        its rate has no kernel of reasonable size.
     """
     if file.samplerate == sample_rate:
         samples = _read(file, begin, min(end, file.frames))
@@ -132,6 +151,8 @@ def read_samples(file, sample_rate, begin, end):
         raise AudioError("is truncated: no samples where its header has some")
     if not torch.isfinite(samples).all():
         raise AudioError("holds NaN or infinite samples")
+    if samples.abs().max() > LOUDEST:
+        raise AudioError(f"holds samples over {LOUDEST:g}: not audio")
     return samples
 
 

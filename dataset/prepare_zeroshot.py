@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from dataset.manifest import write_csv
+from dataset.manifest import read_table, write_csv
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ def read_labels(path):
         The file cannot be read, has no column `label`, no rows, an empty
         cell, or a class twice.
     """
-    table = _read_table(path, ["label"])
+    table = read_table(path, ["label"])
     if "text" not in table:
         table["text"] = table["label"].str.replace("_", " ")
     labels = table[["label", "text"]].apply(lambda cells: cells.str.strip())
@@ -201,21 +201,6 @@ def read_labels(path):
     return labels
 
 
-def _read_table(path, columns):
-    """A CSV with a header and these columns, every cell as text."""
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    lacking = [column for column in columns if column not in table]
-    if lacking:
-        raise ValueError(
-            f"{path} lacks the column(s) {', '.join(lacking)}; its header is "
-            f"{','.join(table.columns)}"
-        )
-    return table
-
-
 # ---- Layouts ---------------------------------------------------------------
 # The reader of a layout returns the columns of `ZeroShotSet.clips`, and
 # `source`: file and row that list the clip, for errors.
@@ -227,7 +212,7 @@ def _read_esc(data_folder, esc10):
     root = _find_root(data_folder, meta_name)
     meta_path = os.path.join(root, meta_name)
     columns = ["filename", "fold", "category"] + ["esc10"] * esc10
-    meta = _read_table(meta_path, columns)
+    meta = read_table(meta_path, columns)
     paths = [os.path.join(root, "audio", name) for name in meta["filename"]]
     listed = _listed(meta_path, 2, paths, meta["category"], meta["fold"])
     return listed[meta["esc10"] == "True"] if esc10 else listed
@@ -238,7 +223,7 @@ def _read_us8k(data_folder):
     meta_name = os.path.join("metadata", "UrbanSound8K.csv")
     root = _find_root(data_folder, meta_name)
     meta_path = os.path.join(root, meta_name)
-    meta = _read_table(meta_path, ["slice_file_name", "fold", "class"])
+    meta = read_table(meta_path, ["slice_file_name", "fold", "class"])
     paths = [
         os.path.join(root, "audio", f"fold{fold}", name)
         for fold, name in zip(meta["fold"], meta["slice_file_name"])

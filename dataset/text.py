@@ -1,5 +1,8 @@
 """Captions to tokens."""
 
+import hashlib
+import json
+
 import torch
 from transformers import AutoTokenizer
 
@@ -23,6 +26,17 @@ class CaptionTokenizer:
     def __init__(self, text_model, text_max_length=100):
         self.tokenizer = AutoTokenizer.from_pretrained(text_model)
         self.text_max_length = text_max_length
+
+    def settings(self):
+        """What tokens depend on, as plain values: fingerprint and length."""
+        parts = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        # As the last call asked for; the length is given below.
+        del parts["truncation"], parts["padding"]
+        text = json.dumps(parts, sort_keys=True)
+        return {
+            "tokenizer": hashlib.sha256(text.encode()).hexdigest(),
+            "text_max_length": self.text_max_length,
+        }
 
     def __call__(self, captions):
         """Tokenize captions.

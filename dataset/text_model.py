@@ -13,8 +13,9 @@ import os
 import string
 import sys
 
-import pandas as pd
 from transformers import BertConfig, BertTokenizerFast
+
+from dataset.manifest import read_table
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -98,9 +99,7 @@ def main(argv):
     parser.add_argument("captions_csv", help="CSV with a column `caption`")
     parser.add_argument("output_folder")
     args = parser.parse_args(argv)
-    table = pd.read_csv(args.captions_csv, dtype=str, keep_default_na=False)
-    if "caption" not in table:
-        raise ValueError(f"{args.captions_csv} lacks the column caption")
+    table = read_table(args.captions_csv, ["caption"])
     make_text_model(table["caption"], args.output_folder)
     print(f"Text model for {len(table)} captions in {args.output_folder}")
 

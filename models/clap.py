@@ -131,7 +131,7 @@ class CLAP(nn.Module):
                 f"duration={duration} s is too short: CNN14 needs {MIN_HOPS} "
                 f"hops of {hop_size} samples at {sample_rate} Hz"
             )
-        self.sample_rate = sample_rate
+        self.sample_rate, self.hop_size = sample_rate, hop_size
         self.duration = duration
         self.d_proj = d_proj
         cnn14 = CNN14(

@@ -21,9 +21,11 @@ def gather_with_gradient(tensor):
     """
     if not torch.distributed.is_initialized():
         return tensor
-    # functional.all_gather's backward sums what every rank's loss sends back.
-    gather = torch.distributed.nn.functional.all_gather
-    return torch.cat(gather(tensor.contiguous()))
+    # Not everywhere is PyTorch built with it.
+    from torch.distributed.nn.functional import all_gather
+
+    # Its backward sums what every rank's loss sends back.
+    return torch.cat(all_gather(tensor.contiguous()))
 
 
 def contrastive_targets(clip_ids, caption_ids, all_clip_ids, all_caption_ids):

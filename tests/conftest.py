@@ -22,6 +22,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 # Nothing is looked up on a hub: a test must pass without a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Results are compared bit for bit, and processes are more than GPUs.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 ROOT = pathlib.Path(__file__).parents[1]
 NETWORK = {

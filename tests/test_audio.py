@@ -7,7 +7,13 @@ import torch
 import torchaudio
 from conftest import write_noise
 
-from dataset.audio import AudioError, AudioReader, open_audio, read_samples
+from dataset.audio import (
+    LOUDEST,
+    AudioError,
+    AudioReader,
+    open_audio,
+    read_samples,
+)
 
 FORMATS = {
     "wav8": dict(format="WAV", subtype="PCM_U8"),
@@ -157,6 +163,34 @@ def test_truncated_flac(tmp_path):
     assert reader.crop(str(path), 0.0)[0].shape == (16000,)
     with pytest.raises(AudioError):
         reader.crop(str(path), 1.0)
+
+
+def test_a_rate_without_a_reasonable_kernel(tmp_path):
+    """The kernel of 47951:44100 would have 10^10 values."""
+    path = write_noise(tmp_path / "a.wav", 0.1, 47951)
+    with pytest.raises(AudioError, match="47951 to 44100 Hz"):
+        AudioReader(44100, 1).crop(path)
+    assert len(AudioReader(47951, 1).crop(path)[0]) == 47951
+
+
+@pytest.mark.parametrize("value", [1e30, -1e30])
+def test_values_that_no_audio_has(tmp_path, value):
+    """Their spectrogram would be infinite, and the embedding NaN."""
+    samples = np.zeros(16000)
+    samples[5000] = value
+    path = str(tmp_path / "a.wav")
+    soundfile.write(path, samples, 16000, subtype="FLOAT")
+    with pytest.raises(AudioError, match="holds samples over"):
+        AudioReader(16000, 1).crop(path)
+
+
+def test_the_loudest_audio_has_finite_embeddings(tmp_path, tiny_clap):
+    path = str(tmp_path / "a.wav")
+    noise = np.random.default_rng(0).choice([-LOUDEST, LOUDEST], 16000)
+    soundfile.write(path, noise, 16000, subtype="FLOAT")
+    window, _ = AudioReader(16000, 1).crop(path)
+    with torch.no_grad():
+        assert tiny_clap.encode_audio(window[None]).isfinite().all()
 
 
 def test_silence_is_a_sound(tmp_path, tiny_clap):

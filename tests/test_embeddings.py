@@ -1,6 +1,10 @@
 """Embedding runs by the real command line: alignment, resume, refusals."""
 
+import contextlib
+import copy
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +18,15 @@ from conftest import NETWORK, ROOT, torchrun, write_noise
 
 import microsoft_curation_toemb
 import retrieve_ds_t2t
-import retrieve_from_emb_thresh
 from curation.embeddings import (
     EmbeddingWriter,
     check_same_weights,
+    dump_captions,
     open_embeddings,
+    write_store,
 )
 from dataset.audio import AudioReader
+from dataset.manifest import written_whole
 from dataset.text import CaptionTokenizer
 from models.weights import AtomicCheckpointer
 
@@ -52,7 +58,7 @@ def world(tmp_path_factory, clap):
     return folder
 
 
-def argv(script, world, text_model, **changes):
+def argv(script, world, text_model, /, **changes):
     flags = {
         "text_model": text_model,
         "clap": json.dumps(NETWORK).replace('"', ""),
@@ -226,6 +232,169 @@ def test_a_finished_store_is_kept_and_another_refused(embed, world):
         embed(short_audio="zero")
 
 
+@pytest.fixture
+def changed(world, text_model, clap, tmp_path):
+    """Other weights, a shorter list, and other words of the same number."""
+    other = copy.deepcopy(clap)
+    with torch.no_grad():
+        next(other.caption_encoder.parameters()).add_(1)
+    AtomicCheckpointer(tmp_path / "weights", {"clap": other}).save_checkpoint()
+    (tmp_path / "list.txt").write_text(f"{world}/3, $x.wav\n")
+    shutil.copytree(text_model, tmp_path / "words")
+    for path in (tmp_path / "words").iterdir():
+        path.write_text(path.read_text().replace("siren", "snore"))
+    (tmp_path / "captions.csv").write_text("caption\nhail\n")
+    return tmp_path
+
+
+AUDIO, TEXT = {"text_pathfile": None}, {"audio_pathfile": None}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "changes", "name"),
+    [
+        (AUDIO, {"ssl_checkpoints_dir": "{}/weights"}, "weights"),
+        (AUDIO, {"audio_pathfile": "{}/list.txt"}, "list"),
+        (AUDIO, {"clap": "{width: 2, d_proj: 8, sample_rate: 16000, "
+                 "duration: 1, fmax: 8000, hop_size: 160}"}, "hop_size"),
+        (AUDIO, {"precision": "bf16"}, "precision"),
+        (AUDIO, {"windows_per_clip": "mean"}, "windows_per_clip"),
+        (AUDIO, {"short_audio": "zero"}, "short"),
+        (TEXT, {"ssl_checkpoints_dir": "{}/weights"}, "weights"),
+        (TEXT, {"text_pathfile": "{}/captions.csv"}, "list"),
+        (TEXT, {"text_model": "{}/words"}, "tokenizer"),
+        (TEXT, {"tokenizer": "{text_max_length: 7}"}, "text_max_length"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_was_changed_is_named(
+    embed, changed, inputs, changes, name, finished, monkeypatch
+):
+    """Of a finished store, and of one in the making."""
+    if not finished:
+        monkeypatch.setattr(EmbeddingWriter, "finish", interrupt)
+    with contextlib.suppress(KeyboardInterrupt):
+        embed(**inputs, precision="fp32")
+    changes = {k: v.replace("{}", str(changed)) for k, v in changes.items()}
+    with pytest.raises(ValueError, match="is of other embeddings") as caught:
+        embed(**{**inputs, "precision": "fp32", **changes})
+    message = str(caught.value)
+    assert ("partial" in message) != finished
+    assert re.findall(r"(\w+) \([^()]* there, [^()]* now\)", message) == [name]
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_file_that_has_grown_would_move_all_rows(
+    embed, world, tmp_path, monkeypatch
+):
+    shutil.copytree(world, tmp_path / "copy")
+    flags = {
+        "audio_pathfile": tmp_path / "copy" / "list.txt",
+        "text_pathfile": None,
+        "windows_per_clip": "all",
+    }
+    with monkeypatch.context() as stopped:
+        stopped.setattr(EmbeddingWriter, "finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            embed(**flags)
+    write_noise(tmp_path / "copy" / "3, $x.wav", 5, 16000)
+    with pytest.raises(ValueError, match=r"other embeddings: list \("):
+        embed(**flags)
+
+
+def test_nothing_that_can_be_read(embed, tmp_path):
+    (tmp_path / "list.txt").write_text("absent.wav\nagain absent.wav\n")
+    with pytest.raises(ValueError, match="None of the 2 files"):
+        embed(audio_pathfile=tmp_path / "list.txt")
+    save = tmp_path / "run" / "save"
+    assert [p.name for p in save.iterdir()] == ["audio_audioset_skipped.csv"]
+    skipped = pd.read_csv(save / "audio_audioset_skipped.csv")
+    assert skipped["path"].str.contains("absent").tolist() == [True, True]
+
+
+def test_items_that_nobody_embedded_are_not_forgotten(tmp_path):
+    def writer():
+        return EmbeddingWriter(tmp_path, "x", 5, 2, {"weights": "a"})
+
+    half = writer()
+    half.write([0, 1, 4], torch.ones(3, 2))
+    half.skip([2])
+    table = pd.DataFrame({"caption": list("abcd")})
+    with pytest.raises(RuntimeError, match="1 items of .*the first .* 3, were"):
+        half.finish(np.array([0, 1, 3, 4]), table, {})
+    rest = writer()
+    [pending], _ = rest.work(5, "item", noprogressbar=True)
+    assert pending == [0, 1, 2, 3, 4]
+    rest.write([3], torch.ones(1, 2))
+    rest.finish(np.array([0, 1, 3, 4]), table, {})
+    assert len(open_embeddings(tmp_path, "x")) == 4
+
+
+def test_what_a_killed_process_left_over_is_removed(embed):
+    save = embed(text_pathfile=None)
+    (save / "audio_audioset.partial.rows.npy").write_text("left")
+    embed(text_pathfile=None)
+    assert not list(save.glob("*.partial*"))
+
+
+def test_an_array_that_was_deleted_is_made_again(embed):
+    save = embed(text_pathfile=None)
+    path = save / "audio_audioset_embeddings.npy"
+    before = path.read_bytes()
+    path.unlink()
+    embed(text_pathfile=None)
+    assert path.read_bytes() == before
+
+
+def test_a_resumed_run_does_not_choose_its_precision_again(embed, monkeypatch):
+    def speed_up(of):
+        monkeypatch.setattr(
+            microsoft_curation_toemb,
+            "product_seconds",
+            lambda dtype, width: 0.1 if dtype == of else 1.0,
+        )
+
+    speed_up(torch.bfloat16)
+    save = embed(text_pathfile=None)
+    speed_up(torch.float32)
+    embed()
+    for stem in ("audio_audioset", "text_insper"):
+        record = json.loads((save / f"{stem}.json").read_text())
+        assert record["settings"]["precision"] == "bf16"
+
+
+def test_duplicates_and_totals_are_told(embed, world, capsys):
+    embed()
+    printed = capsys.readouterr().out
+    assert f"1 paths in {world}/list.txt are there more than once" in printed
+    assert "audio_audioset: 38 windows embedded, 2 files skipped" in printed
+    assert "1 captions in" in printed and "are empty" in printed
+    assert "5 captions, 4 of them distinct" in printed
+
+
+def test_captions_are_encoded_once_each_the_short_ones_first(tmp_path):
+    table = pd.DataFrame({"caption": ["ccc", "a", "bb", "a", "dddd", "ccc"]})
+    calls = []
+
+    def encode(captions):
+        calls.append(captions)
+        return torch.tensor([[float(len(c)), 0] for c in captions])
+
+    dump_captions(tmp_path, "x", table, encode, 3, 2, {"weights": "a"})
+    assert calls == [["a", "bb", "ccc"], ["dddd"]]
+    rows = open_embeddings(tmp_path, "x").vectors[:, 0].tolist()
+    assert rows == [3, 1, 2, 1, 4, 3]
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_progress_can_be_turned_off(embed, capsys, show):
+    embed(noprogressbar=not show, text_pathfile=None)
+    assert ("40/40" in capsys.readouterr().err) == show
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -233,11 +402,17 @@ def test_a_finished_store_is_kept_and_another_refused(embed, world):
         ({"ssl_checkpoints_dir": ""}, "Name the weights"),
         ({"windows_per_clip": "each"}, "centre, mean or all"),
         ({"audio_pathfile": "{}/empty"}, "lists no files"),
-        ({"text_pathfile": "{}/list.txt"}, "cannot be read|column caption"),
+        ({"text_pathfile": "{}/list.txt"}, "--text_pathfile=.* caption"),
+        ({"text_pathfile": "{}/commas"}, "--text_pathfile=.* Row #3"),
+        ({"audio_pathfile": "{}/latin"}, "--audio_pathfile=.*'utf-8'"),
+        ({"audio_bs": "0"}, "--audio_bs=0: give a whole number"),
+        ({"text_bs": "-1"}, "--text_bs=-1: give a whole number"),
     ],
 )
 def test_wrong_input(embed, world, changes, message):
     (world / "empty").write_text("\n")
+    (world / "commas").write_text("ID,caption\n1,rain\n2,rain, hail\n")
+    (world / "latin").write_bytes(b"caf\xe9.wav\n")
     changes = {k: v.format(world) for k, v in changes.items()}
     with pytest.raises((ValueError, SystemExit), match=message):
         embed(**changes)
@@ -259,6 +434,42 @@ def test_stores_that_do_not_belong_together(embed):
         check_same_weights(audio, other)
     with pytest.raises(FileNotFoundError, match="emb_dir"):
         open_embeddings(save, "typo")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("text_insper_embeddings.npy", b"\x93NUMPY", "not a whole .npy file"),
+        ("text_insper_embeddings.npy", None, "not a whole .npy file"),
+        ("text_insper.json", b"{}", "no record .*'manifest'|'settings'"),
+        ("text_insper.json", b"{", "is no record of embeddings"),
+        ("text_insper.csv", b"ID,text\n1,a\n", "is no manifest: it lacks"),
+        (
+            "text_insper.csv",
+            b"wav_path,start\na,soon\n",
+            "start: .*soon",
+        ),
+    ],
+)
+def test_broken_files_of_a_store_are_named(embed, name, content, message):
+    save = embed(audio_pathfile=None)
+    path = save / name
+    if content is None:
+        content = path.read_bytes()[:-10]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_embeddings(str(save), "text_insper")
+    assert str(caught.value).startswith(str(path))
+
+
+def test_the_list_of_files_as_manifest(embed):
+    """It has no times, but the store's own manifest of the same files has."""
+    save = embed(text_pathfile=None)
+    own = open_embeddings(save, "audio_audioset")
+    listed = f"{save}/audio_audioset_files.txt"
+    store = open_embeddings(save, "audio_audioset", listed)
+    pd.testing.assert_frame_equal(store.manifest, own.manifest)
+    assert store.manifest["start"].max() > 0
 
 
 def test_stores_of_other_programs_are_normalised(tmp_path, caplog):
@@ -358,12 +569,95 @@ def test_class_lists(tmp_path):
     ]
     with pytest.raises(ValueError, match="--class_path"):
         names("own", None)
+    (tmp_path / "c.txt").write_text("rain\ndog\nrain\n")
+    with pytest.raises(ValueError, match="lists 'rain' twice"):
+        names("own", "c.txt")
 
 
 def test_nothing_reaches_the_threshold(embed, choose_captions):
     save = embed(audio_pathfile=None)
     with pytest.raises(RuntimeError, match="highest similarity is"):
-        choose_captions(save, sim_threshold=1.5)
+        choose_captions(save, sim_threshold=1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"sim_threshold": 75}, "--sim_threshold=75: .* from -1 to 1"),
+        ({"text_bs": 0}, "--text_bs=0"),
+        ({"min_captions_per_class": 1.5}, "--min_captions_per_class=1.5"),
+        ({"precision": "bf16"}, "give --eval_precision"),
+    ],
+)
+def test_flags_of_ds_that_make_no_sense(
+    choose_captions, tmp_path, flags, message
+):
+    with pytest.raises(SystemExit, match=message):
+        choose_captions(tmp_path, **flags)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_embedding_runs_captions_are_reused(
+    embed, choose_captions, capsys, precision
+):
+    """In whatever precision they were made."""
+    save = embed(audio_pathfile=None, precision=precision)
+    choose_captions(save, sim_threshold=-1)
+    assert not list(save.glob("*corpus*"))
+    assert "is not used" not in capsys.readouterr().out
+    chosen = open_embeddings(save, "own_insper_t2t")
+    corpus = open_embeddings(save, "text_insper")
+    assert np.array_equal(chosen.vectors, corpus.vectors)
+    assert chosen.info["settings"] == corpus.info["settings"]
+    assert chosen.info["text_prompt"] == "the sound of"
+    assert chosen.info["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_other_captions_replace_the_scripts_own_store(
+    embed, choose_captions, world, tmp_path, capsys
+):
+    save = embed(audio_pathfile=None)
+    for name in ("hail", "snow"):
+        other = tmp_path / f"{name}.csv"
+        other.write_text(f"caption\n{name}\n")
+        chosen = choose_captions(save, sim_threshold=-1, target_csv_path=other)
+        assert chosen["caption"].tolist() == [name]
+        corpus = open_embeddings(save, "own_t2t_corpus")
+        assert corpus.manifest["caption"].tolist() == [name]
+        assert "text_insper in" in capsys.readouterr().out
+
+
+def test_the_table_of_classes(embed, choose_captions, clap, text_model, capsys):
+    save = embed(audio_pathfile=None)
+    similarities = naive_similarities(clap, text_model)
+    nearest = similarities.argmax(axis=1)
+    best = similarities.max(axis=1)
+    # What keeps the best caption alone, and so one class.
+    winner = nearest[best.argmax()]
+    threshold = np.unique(best.round(4))[-2:].mean()
+    choose_captions(save, sim_threshold=float(threshold))
+    printed = capsys.readouterr().out
+    names = ["dog", "rain"]
+    loser = names[1 - winner]
+    assert f"No captions for 1 of 2 classes: {loser}." in printed
+    rows = {line.split()[0]: line for line in printed.splitlines() if line}
+    counts = np.bincount(nearest[best >= threshold], minlength=2)
+    for k, name in enumerate(names):
+        order = np.argsort(-similarities[:, k], kind="stable")
+        _, count, value, *_ = rows[name].split()
+        assert int(count) == counts[k]
+        assert float(value) == pytest.approx(
+            similarities[order[0], k], abs=2e-3
+        )
+        nearest_captions = list(dict.fromkeys(CAPTIONS[i][:60] for i in order))
+        shown = rows[name].split(f"{value}  ")[1].split(" | ")
+        assert shown == nearest_captions[:3]
+    assert f"{counts.sum()} of 5 captions kept" in printed
+    # And topped up from the command line.
+    more = choose_captions(
+        save, sim_threshold=float(threshold), min_captions_per_class=1
+    )
+    assert more["class"].tolist().count(loser) == 1
 
 
 # ---- Precision -------------------------------------------------------------
@@ -446,9 +740,32 @@ def test_a_disk_that_fills_leaves_no_half_csv(small_disk):
     path.write_text("of the run before")
     with (
         pytest.raises(OSError, match=r"pairs\.csv cannot be written"),
-        retrieve_from_emb_thresh.written_whole(path) as file,
+        written_whole(path) as file,
     ):
         for _ in range(1000):
             file.write(b"a line of a CSV file " * 10)
     assert path.read_text() == "of the run before"
     assert [file.name for file in small_disk.iterdir()] == ["pairs.csv"]
+
+
+def test_a_disk_that_fills_leaves_the_store_before(small_disk):
+    def write(count):
+        rows = np.ones((count, 100), np.float16)
+        table = pd.DataFrame({"caption": ["rain"] * count})
+        base = f"{small_disk}/x"
+        write_store(base, [rows], table, {"size": 100}, {})
+
+    write(3)
+    names = sorted(path.name for path in small_disk.iterdir())
+    with pytest.raises(OSError, match=r"x_embeddings\.npy cannot be written"):
+        write(1000)
+    assert sorted(path.name for path in small_disk.iterdir()) == names
+    assert len(open_embeddings(small_disk, "x")) == 3
+
+
+def test_a_store_in_the_making_has_its_place_on_the_disk(tmp_path):
+    """Or a memory map would find the disk full, which kills the process."""
+    EmbeddingWriter(tmp_path, "x", 1000, 50, {"weights": "a"})
+    for kind, size in (("rows", 100_000), ("fate", 1000), ("at", 8000)):
+        found = (tmp_path / f"x.partial.{kind}.npy").stat()
+        assert found.st_blocks * 512 >= size

@@ -102,11 +102,33 @@ def test_switches_take_a_value(yaml_file, value):
         (["batch_size=3"], "is no flag"),
         (["--grad_accumulation_factor=two"], "give a int"),
         (["--auto_mix_prec=maybe"], "give a bool"),
+        (["--batch_size=many"], "--batch_size=many: give a number"),
+        (["--base_lr=True"], "--base_lr=True: give a number"),
+        (["--resume_interrupt=no"], "--resume_interrupt=no: give True or"),
     ],
 )
 def test_wrong_flags(yaml_file, flags, message):
     with pytest.raises(SystemExit, match=message):
         parse(yaml_file, *flags)
+
+
+def test_switches_without_a_value_are_on(yaml_file):
+    _, overrides = parse(yaml_file, "--resume_interrupt", "--batch_size=3")
+    assert overrides == {"resume_interrupt": True, "batch_size": 3}
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "many"])
+def test_whole_numbers_within_limits(value):
+    experiment.check_numbers({"a": 1, "b": None}, "ab", 1, whole=True)
+    with pytest.raises(SystemExit, match=f"--b={value}: give a whole number "):
+        experiment.check_numbers({"a": 1, "b": value}, "ab", 1, whole=True)
+
+
+@pytest.mark.parametrize("value", [-1.01, 1.01, float("nan")])
+def test_numbers_within_limits(value):
+    experiment.check_numbers({"a": -1, "b": 0.5}, "ab", -1, 1)
+    with pytest.raises(SystemExit, match=f"--a={value}: .* from -1 to 1"):
+        experiment.check_numbers({"a": value}, "a", -1, 1)
 
 
 def test_wrong_hparams_files():

@@ -1,16 +1,16 @@
 """Losses against closed forms, and gathered ones against a joined batch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from speechbrain import Stage
 
-from models.losses import (
-    contrastive_loss,
-    contrastive_targets,
-    gather_with_gradient,
-    soft_targets,
-)
+from microsoft_clap_train import CLAPBrain
+from models.losses import contrastive_loss, contrastive_targets, soft_targets
+from softclap_train import SoftCLAPBrain
 
 
 def embeddings(rows, seed, d=6):
@@ -101,32 +101,26 @@ class Towers(torch.nn.Module):
         )
 
 
-def rank_loss(model, rows):
-    """As CLAPBrain computes it, on this process's rows."""
+def rank_loss(model, rows, kind):
+    """That of a Brain, on this process's rows."""
     x, y, clips, captions = (t[rows] for t in batch())
-    audio, text, scale = model(x, y)
-    targets = contrastive_targets(
-        clips,
-        captions,
-        gather_with_gradient(clips),
-        gather_with_gradient(captions),
+    pairs = SimpleNamespace(
+        wavs=x, tokens=y, clip_ids=clips, caption_ids=captions
     )
-    return contrastive_loss(
-        audio,
-        text,
-        gather_with_gradient(audio),
-        gather_with_gradient(text),
-        scale,
-        targets,
-        targets,
-    )
+    brain = kind.__new__(kind)
+    brain.hparams = SimpleNamespace(softclap_beta=0.3, softclap_tau=0.1)
+    torch.manual_seed(5)
+    brain.teacher = Towers()
+    for weights in brain.teacher.parameters():
+        torch.nn.init.normal_(weights)
+    return brain.compute_objectives(model(x, y), pairs, Stage.TRAIN)
 
 
 def gradients(model):
     return {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
-def worker(rank, world_size, folder):
+def worker(rank, world_size, folder, kind):
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",
@@ -135,7 +129,7 @@ def worker(rank, world_size, folder):
     )
     model = torch.nn.parallel.DistributedDataParallel(Towers())
     share = 8 // world_size
-    loss = rank_loss(model, slice(rank * share, (rank + 1) * share))
+    loss = rank_loss(model, slice(rank * share, (rank + 1) * share), kind)
     loss.backward()
     torch.distributed.all_reduce(loss.detach())
     if rank == 0:
@@ -146,11 +140,12 @@ def worker(rank, world_size, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_give_the_gradients_of_the_joined_batch(tmp_path):
-    mp.spawn(worker, (2, str(tmp_path)), nprocs=2)
+@pytest.mark.parametrize("kind", [CLAPBrain, SoftCLAPBrain])
+def test_two_processes_give_the_gradients_of_the_joined_batch(tmp_path, kind):
+    mp.spawn(worker, (2, str(tmp_path), kind), nprocs=2)
     found, loss = torch.load(tmp_path / "result")
     model = Towers()
-    expected = rank_loss(model, slice(0, 8))
+    expected = rank_loss(model, slice(0, 8), kind)
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
     for name, gradient in gradients(model).items():

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT, torchrun
 from matplotlib.figure import Figure
 
@@ -362,6 +363,7 @@ def test_flags_that_make_no_sense(run):
     for name, value in {
         "sim_threshold": "high",
         "audio_bs": 0,
+        "max_pairs": "many",
         "max_captions_per_audio": 1.5,
         "target_pairs": -3,
     }.items():
@@ -405,3 +407,35 @@ def test_torchrun_shares_the_search(run, folder, flags):
     assert json.loads((folder / f"{DU}_report.json").read_text()) == report
     assert (folder / f"{DU}_report.png").exists()
     assert not list(folder.glob("*partial*"))
+
+
+def test_max_pairs_with_torchrun_leaves_nothing(run, folder):
+    command = [
+        str(CURATION / f"{DU}_retr.yaml"),
+        *(f"--emb_dir={folder}", f"--sim_threshold={THRESHOLD}"),
+        *("--audio_bs=4", "--max_pairs=20"),
+    ]
+    with pytest.raises(AssertionError, match="More than --max_pairs=20"):
+        torchrun("retrieve_from_emb_thresh.py", command)
+    assert not list(folder.glob("*partial*"))
+    assert not (folder / f"{DU}_curation.csv").exists()
+
+
+@pytest.mark.parametrize("most", [None, 7])
+def test_processes_stop_at_what_all_may_find(monkeypatch, tmp_path, most):
+    """One process, as the main one of a group sees itself."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(script, "if_main_process", lambda: True)
+    monkeypatch.setattr(script, "ddp_barrier", lambda: None)
+    taken = []
+
+    def batches():
+        for i in range(5):
+            taken.append(i)
+            yield np.full(3, i), np.arange(3), np.ones(3)
+
+    found = list(script.gathered(batches(), tmp_path / "pairs", most))
+    assert len(taken) == len(found) == (3 if most else 5)
+    assert not list(tmp_path.iterdir())

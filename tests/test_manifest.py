@@ -1,0 +1,97 @@
+"""CSV files and lists: what is written is read, what is wrong is named."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dataset.manifest import (
+    read_lines,
+    read_pairs,
+    read_table,
+    write_csv,
+    written_whole,
+)
+
+ODD = [
+    "a,b",
+    'c"d',
+    "$e",
+    "f\ng",
+    "h\ri",
+    "j\r\nk",
+    " l ",
+    "é雨",
+    "",
+    "NA",
+    "007",
+]
+
+
+def test_any_text_comes_back(tmp_path):
+    frame = pd.DataFrame({"wav_path": ODD, "caption": ODD[::-1]})
+    write_csv(frame.assign(start=0.1), tmp_path / "a.csv")
+    table = read_table(tmp_path / "a.csv")
+    assert table["wav_path"].tolist() == ODD
+    assert table["caption"].tolist() == ODD[::-1]
+    assert table["start"].tolist() == ["0.1"] * len(ODD)
+
+
+def test_plain_cells_have_no_quotes(tmp_path):
+    frame = pd.DataFrame({"wav_path": ["a.wav", "b.wav"], "start": [1, np.nan]})
+    write_csv(frame, tmp_path / "a.csv")
+    expected = b"wav_path,start\na.wav,1.0\nb.wav,\n"
+    assert (tmp_path / "a.csv").read_bytes() == expected
+
+
+def test_byte_order_marks_and_windows_line_ends(tmp_path):
+    text = "\N{BYTE ORDER MARK}caption,ID\r\nrain,1\r\n\r\nhail,2\r\n"
+    (tmp_path / "a").write_bytes(text.encode())
+    table = read_table(tmp_path / "a", ["caption"])
+    assert table["caption"].tolist() == ["rain", "hail"]
+    assert read_lines(tmp_path / "a") == ["caption,ID", "rain,1", "hail,2"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"ID,caption\n1,rain\n2,rain, hail\n", "Row #3: Expected 2 .* got 3"),
+        (b"ID,caption\n1,rain\n2\n", "Row #3: Expected 2 .* got 1"),
+        (b"ID,caption\n1,rain, hail\n2,a, b\n", "Row #2: Expected 2"),
+        (b"", "Empty CSV"),
+        (b"ID,caption\n1,caf\xe9\n", "cannot be read: .*(utf|UTF)"),
+        (b"ID,text\n1,rain\n", r"lacks the column.*caption; its header is ID,"),
+        (b"caption,caption\nrain,hail\n", "two columns of one name"),
+    ],
+)
+def test_tables_that_cannot_be_read(tmp_path, content, message):
+    path = tmp_path / "a.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_table(path, ["caption"])
+    assert str(caught.value).startswith(str(path))
+    with pytest.raises(ValueError, match=rf"--curation_csv={path}"):
+        read_pairs(str(path), "curation_csv")
+
+
+def test_lists_that_cannot_be_read(tmp_path):
+    (tmp_path / "a").write_bytes(b"caf\xe9.wav\n")
+    for name in ("a", "b"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+            read_lines(tmp_path / name)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("before")
+    with pytest.raises(KeyError), written_whole(path) as file:
+        file.write(b"half")
+        raise KeyError
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert path.read_text() == "before"
+    with written_whole(path) as file:
+        file.write(b"whole")
+        assert path.read_text() == "before"
+    assert path.read_text() == "whole"
+    # What goes wrong elsewhere keeps its own message.
+    with pytest.raises(FileNotFoundError), written_whole(path):
+        (tmp_path / "absent").read_text()
