@@ -35,6 +35,7 @@ import torchaudio
 from benchmarks.measure import (
     KEEPING,
     Row,
+    device,
     in_process,
     machine,
     median,
@@ -143,12 +144,13 @@ class Convolved(torch.nn.Module):
         import torchlibrosa
 
         self.spectrogram = torchlibrosa.stft.Spectrogram(1024, 320)
-        self.melW = melW
+        self.register_buffer("melW", melW)
 
     def forward(self, wavs):
         """(batch, samples) -> (batch, frames, mel bands) in decibels."""
-        mel = self.spectrogram(wavs)[:, 0] @ self.melW
-        return 10 * mel.clamp(min=1e-10).log10()
+        with torch.autocast(wavs.device.type, enabled=False):
+            mel = self.spectrogram(wavs)[:, 0] @ self.melW
+            return 10 * mel.clamp(min=1e-10).log10()
 
 
 def padding_tokenizer(folder):
@@ -183,13 +185,15 @@ def ordinary(folder, precision):
     clap.eval()
     base = clap.audio_encoder.base
     base.logmel_extractor = Convolved(base.logmel_extractor.melW)
+    clap.to(device())
     tokenize = padding_tokenizer(folder)
     captions = pd.read_csv(f"{folder}/captions.csv")["caption"].tolist()
     with open(f"{folder}/audio.txt") as file:
         paths = file.read().splitlines()
 
     def encode_text(texts):
-        return clap.encode_text(tokenize(texts))
+        tokens = {k: v.to(device()) for k, v in tokenize(texts).items()}
+        return clap.encode_text(tokens).cpu()
 
     def encode_audio(some):
         windows = []
@@ -199,7 +203,7 @@ def ordinary(folder, precision):
             whole = resample(torch.from_numpy(samples))
             begin = (len(whole) - 220500) // 2
             windows.append(whole[begin : begin + 220500])
-        return clap.encode_audio(torch.stack(windows))
+        return clap.encode_audio(torch.stack(windows).to(device())).cpu()
 
     run = {}
     for kind, encode, items in (
@@ -285,7 +289,14 @@ def main(argv):
             for kind, count in (("text", args.captions), ("audio", args.clips))
             for side in SIDES
         ]
-    print(machine())
+    each = (
+        f"{flop[kind] / count / 1e9:.1f} GFLOP a {name}"
+        for kind, count, name in (
+            ("text", args.captions, "caption"),
+            ("audio", args.clips, "window"),
+        )
+    )
+    print(machine(), *each, sep="; ")
     show(rows)
     return rows
 

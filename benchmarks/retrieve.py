@@ -31,6 +31,7 @@ import torch
 from benchmarks.measure import (
     KEEPING,
     Row,
+    device,
     in_process,
     machine,
     median,
@@ -98,10 +99,11 @@ def ordinary(folder, threshold):
     text = np.load(f"{folder}/text_insper_embeddings.npy")
     paths = pd.read_csv(f"{folder}/audio_audioset.csv")["wav_path"]
     captions = pd.read_csv(f"{folder}/text_insper.csv")["caption"]
-    text = torch.from_numpy(text).float()
+    text = torch.from_numpy(text).float().to(device())
     pairs = []
     for begin in range(0, len(audio), 4000):
-        block = torch.from_numpy(audio[begin : begin + 4000]).float()
+        block = torch.from_numpy(audio[begin : begin + 4000])
+        block = block.float().to(device())
         similarity = block @ text.T
         for i, j in (similarity >= threshold).nonzero().tolist():
             pairs.append(

@@ -32,6 +32,7 @@ from benchmarks.embed import Convolved, make_world, padding_tokenizer
 from benchmarks.measure import (
     KEEPING,
     Row,
+    device,
     in_process,
     machine,
     peak_memory,
@@ -110,21 +111,20 @@ def ordinary(folder, precision, batch, steps):
     from models.clap import CLAP
     from models.weights import load_weights
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     clap = CLAP(f"{folder}/text_model", text_pretrained=False)
     load_weights(clap, clap_ckpt_path=f"{folder}/clap.pth")
     base = clap.audio_encoder.base
     base.logmel_extractor = Convolved(base.logmel_extractor.melW)
-    clap.to(device)
+    clap.to(device())
     optimizer = torch.optim.Adam(clap.parameters(), lr=1e-4)
 
     def loss_of(wavs, tokens):
-        autocast = torch.autocast(device, torch.bfloat16, device == "cuda")
-        with autocast:
-            tokens = {k: v.to(device) for k, v in tokens.items()}
-            audio, text, scale = clap(wavs.to(device), tokens)
+        is_gpu = device() == "cuda"
+        with torch.autocast(device(), torch.bfloat16, is_gpu):
+            tokens = {k: v.to(device()) for k, v in tokens.items()}
+            audio, text, scale = clap(wavs.to(device()), tokens)
         logits = scale * audio @ text.T
-        labels = torch.arange(len(wavs), device=device)
+        labels = torch.arange(len(wavs), device=device())
         losses = [
             torch.nn.functional.cross_entropy(x, labels)
             for x in (logits, logits.T)

@@ -68,7 +68,10 @@ class Embeddings:
 
     def block(self, begin, end):
         """Rows begin..end as they are stored, (end - begin, d) float32."""
-        block = np.asarray(self.vectors[begin:end], dtype=np.float32)
+        # Mapped anew each time, or all pages that were read would count as
+        # memory of the process until it ends.
+        vectors = np.load(self.path, mmap_mode="r")
+        block = np.asarray(vectors[begin:end], dtype=np.float32)
         if self.info is None:
             norms = np.linalg.norm(block, axis=1, keepdims=True)
             foreign = np.abs(norms - 1) > 1e-3

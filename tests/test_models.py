@@ -9,7 +9,7 @@ import torchlibrosa
 from transformers import DistilBertConfig, DistilBertModel
 
 from models.clap import CLAP
-from models.cnn14 import CNN14, LogMel
+from models.cnn14 import CNN14, ConvBlock, LogMel, channels_last
 
 
 def reference_logmel(sample_rate, fmin, fmax):
@@ -209,3 +209,18 @@ def test_dropout_factor():
     assert zeros == pytest.approx(0.25, abs=0.03)
     with pytest.raises(ValueError, match="dropout_factor=2"):
         CNN14(16000, fmax=8000, dropout_factor=2)
+
+
+def test_channels_last_holds_through_the_blocks():
+    """Also of a spectrogram whose strides come from the batch norm."""
+    torch.manual_seed(0)
+    norm = torch.nn.BatchNorm2d(16).eval()
+    x = norm(torch.randn(2, 16, 20, 1).contiguous()).transpose(1, 3)
+    blocks = [ConvBlock(1, 4).eval(), ConvBlock(4, 8).eval()]
+    same, expected = channels_last(x), x
+    assert torch.equal(same, x)
+    with torch.no_grad():
+        for block in blocks:
+            same, expected = block(same, 2), block(expected, 2)
+            assert same.is_contiguous(memory_format=torch.channels_last)
+            torch.testing.assert_close(same, expected)
