@@ -347,8 +347,12 @@ def resume_command(argv, output_folder, same_command):
     """
     launcher = ["python"]
     if torch.distributed.is_initialized():
-        world_size = torch.distributed.get_world_size()
-        launcher = ["torchrun", f"--nproc_per_node={world_size}"]
+        # torchrun's own variables: processes of a machine, and machines.
+        count = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+        launcher = ["torchrun", f"--nproc_per_node={count}"]
+        if machines != "1":
+            launcher.append(f"--nnodes={machines}")
     if not same_command:
         replaced = ("--resume_interrupt", "--prev_ckpt_dir")
         argv = [a for a in argv if a.partition("=")[0] not in replaced] + [

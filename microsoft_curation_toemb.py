@@ -291,7 +291,9 @@ def finish_audio(writer, windows, duration):
     reasons = {}
     for i in np.flatnonzero(writer.fate == SKIPPED):
         *_, reason = windows[i]
-        reasons[paths[i]] = reason or "could not be read at the time"
+        reasons[paths[i]] = reason or (
+            "could not be read at the time, or its embedding is not finite"
+        )
     skipped = pd.DataFrame(reasons.items(), columns=["path", "reason"])
     write_csv(skipped, f"{writer.base}_skipped.csv")
     if not len(index):

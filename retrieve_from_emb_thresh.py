@@ -299,12 +299,14 @@ def _taken(pairs, index):
 _NO_PAIRS = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
 
 
-def check_settings(hparams):
+def check_settings(hparams, device):
     """Stop with a message if a flag has no sensible value.
 
     Arguments
     ---------
     hparams : dict
+    device : str
+        Where products are computed.
 
     Raises
     ------
@@ -315,6 +317,12 @@ def check_settings(hparams):
     limits = ["max_captions_per_audio", "max_audios_per_caption"]
     names = ["audio_bs", "max_pairs", "target_pairs", *limits]
     experiment.check_numbers(hparams, names, 1, whole=True)
+    precision = hparams["search_precision"]
+    choices = ["auto", "fp32", "bf16"] + ["fp16"] * (device != "cpu")
+    if precision not in choices:
+        raise SystemExit(
+            f"--search_precision={precision}: give one of {', '.join(choices)}"
+        )
 
 
 def share_of(count, block_size):
@@ -517,7 +525,7 @@ def main(argv):
             "microsoft_curation_toemb.py"
         )
     hparams, run_opts = experiment.start(argv, keeps_memory=False)
-    check_settings(hparams)
+    check_settings(hparams, run_opts["device"])
     folder = hparams["emb_dir"]
     audio = open_embeddings(
         folder, hparams["audio_stem"], hparams["aud_ds_path"]

@@ -399,7 +399,7 @@ class EmbeddingWriter:
         return pending, bar
 
     def write(self, items, vectors, starts=0.0):
-        """Keep the vectors of some items.
+        """Keep the vectors of some items; one that is not finite is skipped.
 
         Arguments
         ---------
@@ -410,9 +410,11 @@ class EmbeddingWriter:
         starts : list of float
             Where the windows begin, in seconds.
         """
-        self.rows[items] = vectors.cpu().numpy().astype(np.float16)
+        vectors = vectors.cpu().numpy().astype(np.float16)
+        self.rows[items] = vectors
         self.at[items] = starts
-        self.fate[items] = DONE
+        finite = np.isfinite(vectors).all(axis=1)
+        self.fate[items] = np.where(finite, DONE, SKIPPED)
 
     def skip(self, items):
         """Leave some items out."""
@@ -558,6 +560,14 @@ def dump_captions(
             bar.update(len(rows))
     ddp_barrier()
     if if_main_process():
+        unusable = np.flatnonzero(writer.fate == SKIPPED)
+        if len(unusable):
+            raise RuntimeError(
+                f"The embeddings of {len(unusable)} captions are not finite, "
+                f"the first of them '{distinct[unusable[0]][:60]}': are these "
+                "the right weights? Or give another --precision and output "
+                "folder"
+            )
         place = pd.Series(range(len(distinct)), index=distinct)
         index = place[table["caption"]].to_numpy()
         writer.finish(index, table, {"distinct": len(distinct)})

@@ -330,6 +330,10 @@ def pairs_over(
         exceeds 2; or both a report and axes are given.
     """
     kind = torch.device(device).type
+    if kind not in _MAX_ROWS:
+        raise ValueError(
+            f"device={device}: products are computed on cpu or cuda"
+        )
     if audio_bs < 1 or text_bs < 1:
         raise ValueError(
             f"Block sizes must be 1 or more: {audio_bs}, {text_bs}"

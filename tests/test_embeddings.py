@@ -333,6 +333,38 @@ def test_items_that_nobody_embedded_are_not_forgotten(tmp_path):
     assert len(open_embeddings(tmp_path, "x")) == 4
 
 
+def test_embeddings_that_are_not_finite(tmp_path):
+    def encode(captions):
+        return torch.tensor([[1.0, 0.0], [float("nan"), 0.0]])
+
+    table = pd.DataFrame({"caption": ["rain", "a dog"]})
+    with pytest.raises(RuntimeError, match="of 1 captions .* 'a dog'"):
+        dump_captions(tmp_path, "x", table, encode, 2, 2, {"weights": "a"})
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_a_clip_whose_embedding_is_not_finite_is_skipped(
+    embed, world, monkeypatch
+):
+    encode = microsoft_curation_toemb.EmbeddingBrain.embed_audio
+
+    def overflow(brain, batch):
+        vectors = encode(brain, batch).clone()
+        if 3 in batch.rows:
+            vectors[batch.rows.index(3), 5] = float("inf")
+        return vectors
+
+    monkeypatch.setattr(
+        microsoft_curation_toemb.EmbeddingBrain, "embed_audio", overflow
+    )
+    save = embed(text_pathfile=None)
+    store = open_embeddings(save, "audio_audioset")
+    assert len(store) == 37 and np.isfinite(store.block(0, 37)).all()
+    skipped = pd.read_csv(save / "audio_audioset_skipped.csv")
+    assert skipped["path"][0] == str(world / "3, $x.wav")
+    assert "not finite" in skipped["reason"][0]
+
+
 def test_what_a_killed_process_left_over_is_removed(embed):
     save = embed(text_pathfile=None)
     (save / "audio_audioset.partial.rows.npy").write_text("left")

@@ -244,6 +244,19 @@ def test_resume_command(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("machines", [[], ["--nnodes=3"]])
+def test_resume_command_of_several_processes(monkeypatch, machines):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3" if machines else "1")
+    command = experiment.resume_command(["h.yaml"], "out", True)
+    assert shlex.split(command) == [
+        *("torchrun", "--nproc_per_node=4", *machines),
+        *("train.py", "h.yaml"),
+    ]
+
+
 @pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="glibc's allocator alone is told"
 )

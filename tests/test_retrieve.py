@@ -364,10 +364,11 @@ def test_flags_that_make_no_sense(run):
         "sim_threshold": "high",
         "audio_bs": 0,
         "max_pairs": "many",
+        "search_precision": "int8",
         "max_captions_per_audio": 1.5,
         "target_pairs": -3,
     }.items():
-        with pytest.raises(SystemExit, match=f"--{name}={value}: give a"):
+        with pytest.raises(SystemExit, match=f"--{name}={value}: give "):
             run(**{name: value})
 
 
