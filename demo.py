@@ -7,8 +7,9 @@ and classifies others, from another acoustic domain, zero-shot. Then it curates
 pairs of unlabelled sounds of that domain and a corpus of captions, trains
 students on them, and classifies again. (All settings were chosen on worlds of
 other seeds of dataset.synthetic; how much students gain differs from world to
-world.) Each command is printed as a user would type it; what is done already
-is not done again (for a fresh start, delete results/demo).
+world.) Each command is printed as a user would type it. Data, training and
+embedding that are done already are not done again (for a fresh start, delete
+results/demo).
 """
 
 import json

@@ -214,7 +214,7 @@ def parse_arguments(argv):
             )
         if key in run_opts or key in overrides:
             raise SystemExit(f"--{key} is given twice")
-        value = _parse_value(value)
+        value = _parse_value(key, value)
         if value is None:
             if defaults.get(key) is not None:
                 logger.warning(
@@ -424,14 +424,20 @@ def _top_level(hparams_file, changes=None):
         return ruamel.yaml.YAML().load(resolve_references(file, changes))
 
 
-def _parse_value(text):
+def _parse_value(key, text):
     """A flag's text as YAML would have it: number, boolean, null, {} or [].
 
     All else stays as it was typed; YAML would cut a path at " #".
     """
     try:
         value = ruamel.yaml.YAML(typ="safe").load(text)
-    except ruamel.yaml.YAMLError:
+    except ruamel.yaml.YAMLError as error:
+        # A prompt may begin with {}, but hardly anything with [.
+        if text.lstrip().startswith("["):
+            raise SystemExit(
+                f"--{key}={text} is no list: {error.problem}. Put quotes "
+                "around its texts"
+            ) from None
         return text
     if value is None or text == "None":
         return None

@@ -104,6 +104,18 @@ class CLAPBrain(sb.Brain):
         )
         return targets, targets
 
+    def on_fit_start(self):
+        """Resumes; says so if there is nothing left to do."""
+        super().on_fit_start()
+        epochs = self.hparams.epoch_counter.current
+        if epochs >= self.hparams.number_of_epochs:
+            logger.warning(
+                "%s holds a complete run of %d epochs: nothing is trained. "
+                "Raise --number_of_epochs, or give another --output_folder",
+                self.hparams.output_folder,
+                epochs,
+            )
+
     def on_fit_batch_start(self, batch, should_step):
         """Seed this step's dropout, and set its learning rate."""
         # A function of the step, so that a resumed run draws the same masks.
@@ -294,6 +306,12 @@ def train(brain):
     check_flags(hparams)
     if brain.checkpointer.find_checkpoint() is None:
         hparams.load_weights()
+    else:
+        logger.info(
+            "%s holds a run already, which is gone on with: weights that flags "
+            "name are not loaded",
+            hparams.output_folder,
+        )
     curated = {}
     if hparams.curation_prob:
         curated = {

@@ -19,8 +19,10 @@ of audio row, then caption row. They go to `<emb_dir>/<name>_curation.csv`
 (ID,wav_path,caption,similarity,start,end), and what each threshold would keep
 to `<name>_report.json` and `<name>_report.png`. --dry_run=True writes only
 these; --target_pairs=200000 takes the lowest threshold, in steps of 0.01, that
-keeps no more pairs. With `torchrun --nproc_per_node=N` the processes share the
-search, and the files are the same. The method is that of arXiv 2305.01864.
+keeps no more pairs. A caption that is listed twice makes two pairs with a clip,
+but counts once for --max_captions_per_audio and --max_audios_per_caption. With
+`torchrun --nproc_per_node=N` the processes share the search, and the files are
+the same. The method is that of arXiv 2305.01864.
 """
 
 import contextlib
@@ -29,6 +31,7 @@ import os
 import sys
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -158,13 +161,16 @@ def csv_cells(texts):
     )
 
 
-def best_per_audio(batches, count):
+def best_per_audio(batches, kinds, count):
     """The best pairs of each audio row, in order.
 
     Arguments
     ---------
     batches : iterable of tuple of array
         Pairs as `pairs_over` yields them.
+    kinds : array of int
+        (captions,) equal for equal captions, of which an audio row keeps the
+        first only; None keeps all.
     count : int
         Pairs an audio row; None for all.
 
@@ -173,12 +179,16 @@ def best_per_audio(batches, count):
     tuple of array
     """
     for pairs in batches:
+        if kinds is not None:
+            keys = pairs[0] * len(kinds) + kinds[pairs[1]]
+            first = np.unique(keys, return_index=True)[1]
+            pairs = _taken(pairs, np.sort(first))
         if count is not None:
             pairs = _taken(pairs, keep_best(*pairs, count))
         yield pairs
 
 
-def best_per_caption(batches, count, num_texts):
+def best_per_caption(batches, kinds, count):
     """The best pairs of each caption, all at once, in order.
 
     They are in memory until the end, and at most as many again.
@@ -186,31 +196,31 @@ def best_per_caption(batches, count, num_texts):
     Arguments
     ---------
     batches : iterable of tuple of array
-        Pairs as `pairs_over` yields them.
+        Pairs as `best_per_audio` yields them.
+    kinds : array of int
+        As there.
     count : int
         Pairs a caption.
-    num_texts : int
-        Number of captions.
 
     Yields
     ------
     tuple of array
     """
     buffer, size = [], 0
-    room = max(2 * count * num_texts, _BUFFER_PAIRS)
+    room = max(2 * count * (kinds.max(initial=-1) + 1), _BUFFER_PAIRS)
     for pairs in batches:
         buffer.append(pairs)
         size += len(pairs[0])
         if size > room:
-            buffer = [_best_of_captions(buffer, count)]
+            buffer = [_best_of_captions(buffer, kinds, count)]
             size = len(buffer[0][0])
     if buffer:
-        yield _best_of_captions(buffer, count)
+        yield _best_of_captions(buffer, kinds, count)
 
 
-def _best_of_captions(buffer, count):
+def _best_of_captions(buffer, kinds, count):
     audio, text, similarities = _joined(buffer)
-    best = keep_best(text, audio, similarities, count)
+    best = keep_best(kinds[text], audio, similarities, count)
     return audio[best], text[best], similarities[best]
 
 
@@ -418,7 +428,7 @@ def retrieve(audio, text, hparams, run_opts):
     name, dry_run = hparams["curation_name"], hparams["dry_run"]
     base = os.path.join(hparams["emb_dir"], name)
 
-    def search(threshold, with_report, per_audio=None, most=None):
+    def search(threshold, with_report, kinds=None, per_audio=None, most=None):
         first, last = share_of(len(audio), hparams["audio_bs"])
         with tqdm(
             total=last - first,
@@ -451,7 +461,7 @@ def retrieve(audio, text, hparams, run_opts):
                 axes=axes,
             )
             moved = ((a + first, t, s) for a, t, s in batches)
-            best = best_per_audio(moved, per_audio)
+            best = best_per_audio(moved, kinds, per_audio)
             yield from gathered(best, f"{base}_pairs.partial", most)
         tally.start(threshold)
         for other in all_of(own):
@@ -462,19 +472,23 @@ def retrieve(audio, text, hparams, run_opts):
     threshold, target = hparams["sim_threshold"], hparams["target_pairs"]
     per_audio = hparams["max_captions_per_audio"]
     per_caption = hparams["max_audios_per_caption"]
+    kinds = None
+    if per_audio is not None or per_caption is not None:
+        # A caption that is listed twice must not take two places.
+        kinds = pd.factorize(text.manifest["caption"])[0]
     max_pairs = None if dry_run else hparams["max_pairs"]
     if target is None:
         most = max_pairs if per_caption is None else None
-        batches = search(threshold, with_report, per_audio, most)
+        batches = search(threshold, with_report, kinds, per_audio, most)
     else:
         for _ in search(np.inf, True):
             pass
         start = lowest_start(tally, target)
         threshold, pairs = best_on_grid(search(start, False), start, target)
         logger.info("--target_pairs=%d: the threshold is %g", target, threshold)
-        batches = best_per_audio([pairs], per_audio)
+        batches = best_per_audio([pairs], kinds, per_audio)
     if per_caption is not None:
-        batches = best_per_caption(batches, per_caption, len(text))
+        batches = best_per_caption(batches, kinds, per_caption)
     path = f"{base}_curation.csv"
     writes = is_main and not dry_run
     with (

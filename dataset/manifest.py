@@ -1,9 +1,9 @@
 """Manifests: CSV files that pair audio files with captions.
 
 The columns `ID,wav_path,caption` come first and more may follow (`duration`,
-`start` and `end` in seconds, `similarity`, `dataset`). They are read with
-pandas, as text, and never through SpeechBrain's CSV reader, which takes every
-`$word` in a cell for a variable to substitute.
+`start` and `end` in seconds, `similarity`, `dataset`). They are read as text,
+and never through SpeechBrain's CSV reader, which takes every `$word` in a cell
+for a variable to substitute.
 """
 
 import contextlib

@@ -14,8 +14,13 @@ validation manifests:
   Events", IEEE/ACM TASLP 2022, arXiv 2010.00475. Its captions are the titles
   and descriptions that the uploaders gave their sounds.
 - Index files of any other collection, `*_index.tsv`: path<TAB>caption.
+
+Training does this by itself. To see what there is, or to have the lists alone:
+
+    python -m dataset.prepare_captions DATA results/pairs
 """
 
+import argparse
 import csv
 import html
 import json
@@ -23,6 +28,7 @@ import logging
 import os
 import random
 import re
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -826,3 +832,29 @@ def _log_counts(counts, skipped_csv):
             for key in ("captions", "clips", "hours")
         ),
     )
+
+
+def main(argv):
+    """Write the manifests of a folder of data sets."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dataset.prepare_captions",
+        description="List the audio-caption pairs of a folder of data sets.",
+    )
+    parser.add_argument("data_annot_folder")
+    parser.add_argument("save_folder", help="where the lists are written")
+    parser.add_argument(
+        "--leave_test_splits_out",
+        action="store_true",
+        help="as training with --official_test_splits=False",
+    )
+    args = parser.parse_args(argv)
+    prepare_captions(
+        args.save_folder,
+        args.data_annot_folder,
+        official_test_splits=not args.leave_test_splits_out,
+    )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    main(sys.argv[1:])

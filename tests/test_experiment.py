@@ -102,6 +102,10 @@ def test_switches_take_a_value(yaml_file, value):
         (["batch_size=3"], "is no flag"),
         (["--grad_accumulation_factor=two"], "give a int"),
         (["--auto_mix_prec=maybe"], "give a bool"),
+        (
+            ["--text_prompt=[a {}, b {} c]"],
+            "--text_prompt=.* no list: .*quotes",
+        ),
         (["--batch_size=many"], "--batch_size=many: give a number"),
         (["--base_lr=True"], "--base_lr=True: give a number"),
         (["--resume_interrupt=no"], "--resume_interrupt=no: give True or"),

@@ -811,3 +811,18 @@ def test_curated_pairs_whose_audio_is_gone(tmp_path, save):
     with pytest.raises(ValueError, match=r"2 of 2 .*--data_curation_folder"):
         prepare_captions(save, train_csv_path=ready, curation_csv=path)
     assert not (save / "prepare.json").exists()
+
+
+def test_lists_alone_by_the_command_line(data, save, tmp_path):
+    for part in ("development", "evaluation"):
+        clotho(data, part, [f"{part}{i}.wav" for i in range(3)])
+        for i in range(3):
+            wav(data / part / f"{part}{i}.wav")
+    module.main([str(data), str(save)])
+    expected = tmp_path / "expected"
+    prepare_captions(expected, str(data))
+    for name in ("train_raw.csv", "valid_raw.csv"):
+        assert (save / name).read_text() == (expected / name).read_text()
+    assert any("evaluation" in path for _, path, _ in pairs(save))
+    module.main([str(data), str(save), "--leave_test_splits_out"])
+    assert not any("evaluation" in path for _, path, _ in pairs(save))

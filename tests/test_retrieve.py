@@ -218,6 +218,41 @@ def test_limits_keep_the_best(run, naive, audio, monkeypatch):
     assert rows == expected_rows(best(by_audio, 1, 3), naive, audio)
 
 
+def test_limits_count_equal_captions_once(run, folder, naive):
+    """Rows 20 and 21 have the caption and the embedding of row 9."""
+    vectors = random_vectors(30, 5)
+    vectors[20:22] = vectors[9]
+    captions = CAPTIONS.copy()
+    captions[20:22] = [captions[9]] * 2
+    frame = pd.DataFrame({"ID": range(30), "caption": captions})
+    store(folder, "text_insper", vectors, frame)
+    same = naive.copy()
+    same[:, 20:22] = same[:, [9]]
+    assert len(run(sim_threshold=0)[0]) == (same >= 0).sum() + 1
+    once = np.delete(same, [20, 21], axis=1)
+    texts = np.delete(np.array(captions), [20, 21])
+
+    def found(**limits):
+        rows, _ = run(sim_threshold=0, **limits)
+        return [tuple(row[1:4]) for row in rows[1:]]
+
+    def expected(kept, paths):
+        return [
+            (paths[a], texts[t], f"{once[a, t]:.6f}")
+            for a, t in np.argwhere(kept)
+        ]
+
+    paths = pd.read_csv(folder / "audio_audioset.csv")["wav_path"]
+    ranks = (-once).argsort(axis=1).argsort(axis=1)
+    assert found(max_captions_per_audio=5) == expected(
+        (ranks < 5) & (once >= 0), paths
+    )
+    ranks = (-once).argsort(axis=0).argsort(axis=0)
+    assert found(max_audios_per_caption=3) == expected(
+        (ranks < 3) & (once >= 0), paths
+    )
+
+
 def test_max_pairs_stops_and_leaves_what_was_there(run, folder, naive):
     path = folder / f"{DU}_curation.csv"
     run(sim_threshold=0.6)
@@ -262,7 +297,7 @@ def test_chosen_pairs_alone_stay_in_memory(monkeypatch):
     ]
     _, pairs = script.best_on_grid(batches, 0.5, 30)
     assert 20 < len(pairs[0]) <= 30 and max(sizes) <= 70
-    [pairs] = script.best_per_caption(batches, 2, 10)
+    [pairs] = script.best_per_caption(batches, np.arange(10), 2)
     assert len(pairs[0]) == 20 and max(sizes) <= 70
 
 

@@ -66,6 +66,18 @@ def test_a_time_stamped_run_is_resumed_by_the_printed_command(
     assert len((run / "train_log.txt").read_text().splitlines()) == 2
 
 
+def test_a_complete_run_is_told(flags, tmp_path, capsys):
+    train(flags, number_of_epochs=1)
+    before = final_state(tmp_path / "run")
+    assert "nothing is trained" not in capsys.readouterr().out
+    train(flags, number_of_epochs=1, base_lr=0.1)
+    assert "a complete run of 1 epochs: nothing is" in capsys.readouterr().out
+    after = final_state(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    train(flags, number_of_epochs=2)
+    assert "nothing is trained" not in capsys.readouterr().out
+
+
 def test_it_learns(flags, tmp_path):
     train(flags, number_of_epochs=12, base_lr=0.005, batch_size=8)
     figures = history(tmp_path / "run")
