@@ -21,7 +21,7 @@ import sys
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dataset.manifest import write_json, written_whole
+from files import write_json, written_whole
 
 FOLDER = "results/demo"
 DATA = f"{FOLDER}/data"

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import experiment
-from dataset.manifest import read_pairs, write_csv, written_whole
+from dataset.manifest import read_pairs
 from dataset.mixing import MixedBatchSampler
 from dataset.pipelines import (
     PairCollator,
@@ -39,6 +39,7 @@ from dataset.pipelines import (
     WindowDataset,
     collate_windows,
 )
+from files import write_csv, written_whole
 from models.losses import (
     contrastive_loss,
     contrastive_targets,

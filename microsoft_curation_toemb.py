@@ -43,8 +43,8 @@ from curation.embeddings import (
 )
 from curation.similarity import product_seconds
 from dataset.audio import AudioError
-from dataset.manifest import read_lines, write_csv, written_whole
 from dataset.pipelines import CropDataset, WindowDataset, collate_windows
+from files import read_lines, write_csv, written_whole
 from models.zeroshot import clip_embeddings, text_embeddings
 
 logger = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ from speechbrain.utils.distributed import if_main_process
 from torch.utils.data import DataLoader
 
 import experiment
-from dataset.manifest import write_csv, write_json, written_whole
 from dataset.pipelines import WindowDataset, collate_windows
+from files import write_csv, write_json, written_whole
 from models.zeroshot import (
     bootstrap_interval,
     class_embeddings,

@@ -29,8 +29,8 @@ from curation.embeddings import (
     text_hash,
     write_store,
 )
-from dataset.manifest import read_lines
 from dataset.prepare_zeroshot import BUILT_IN_LABELS, read_labels
+from files import read_lines
 from models.zeroshot import class_embeddings, text_embeddings
 
 logger = logging.getLogger(__name__)

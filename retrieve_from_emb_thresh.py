@@ -48,7 +48,7 @@ from curation.similarity import (
     pairs_over,
     principal_axes,
 )
-from dataset.manifest import write_json, written_whole
+from files import write_json, written_whole
 
 logger = logging.getLogger(__name__)
 

@@ -51,8 +51,8 @@ import retrieve_ds_t2t
 import retrieve_from_emb_thresh
 import softclap_train
 from dataset.audio import AudioReader
-from dataset.manifest import write_csv, write_json
 from dataset.prepare_zeroshot import caption_folds, prepare_zeroshot
+from files import write_csv, write_json
 
 # What of a caption names a class.
 NAMES = {

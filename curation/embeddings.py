@@ -23,13 +23,7 @@ import torch
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from tqdm import tqdm
 
-from dataset.manifest import (
-    read_lines,
-    read_table,
-    write_cells,
-    write_json,
-    written_whole,
-)
+from files import read_lines, read_table, write_cells, write_json, written_whole
 
 logger = logging.getLogger(__name__)
 

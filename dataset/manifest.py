@@ -6,129 +6,14 @@ and never through SpeechBrain's CSV reader, which takes every `$word` in a cell
 for a variable to substitute.
 """
 
-import contextlib
-import csv
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.csv
 from tqdm import tqdm
 
 from dataset.audio import AudioError, probe_seconds
-
-_BLOCK_BYTES = 2**24  # a row must be shorter
-
-
-@contextlib.contextmanager
-def written_whole(path):
-    """A binary file that appears at its path only when it is complete.
-
-    Raises
-    ------
-    OSError
-        It cannot be written, for instance since the disk is full; what was at
-        the path before is there still, and nothing else is left.
-    """
-    partial = f"{path}.partial"
-    try:
-        with open(partial, "wb") as file:
-            yield file
-        os.replace(partial, path)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(partial)
-        if isinstance(error, OSError) and error.filename in (None, partial):
-            raise OSError(f"{path} cannot be written: {error}") from error
-        raise
-
-
-def write_csv(frame, path):
-    """Write a table whole or not at all: beside its place, then renamed."""
-    with written_whole(path) as file:
-        write_cells(frame, file)
-
-
-def write_cells(frame, file):
-    """Write a table as CSV into an open binary file."""
-    texts = frame.select_dtypes(["object", "str"]).astype(str)
-    # pandas leaves cells with a lone \r bare, where readers end the line.
-    returns = any(
-        texts[name].str.contains("\r", regex=False).any() for name in texts
-    )
-    quoting = csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
-    frame.to_csv(file, index=False, quoting=quoting)
-
-
-def write_json(content, path):
-    """Write a JSON file whole or not at all, as `write_csv`."""
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    with written_whole(path) as file:
-        file.write(text.encode())
-
-
-def read_table(path, columns=()):
-    """Read a CSV file with a header, every cell as text.
-
-    Arguments
-    ---------
-    path : str
-        UTF-8, with or without a byte order mark.
-    columns : sequence of str
-        Those that must be there.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Empty cells as empty texts.
-
-    Raises
-    ------
-    ValueError
-        It cannot be read, has a row of another number of cells (a comma
-        without quotes), or lacks a column; the message begins with the path
-        and names the row.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            names = next(csv.reader(file), [])
-        table = pa.csv.read_csv(
-            path,
-            # In several threads its errors do not name the row.
-            pa.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
-            pa.csv.ParseOptions(newlines_in_values=True),
-            pa.csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.string())
-            ),
-        )
-    except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    lacking = [column for column in columns if column not in names]
-    if lacking:
-        raise ValueError(
-            f"{path} lacks the column(s) {', '.join(lacking)}; its header is "
-            f"{','.join(names)}"
-        )
-    if len(set(names)) < len(names):
-        raise ValueError(f"{path} has two columns of one name: {names}")
-    return table.to_pandas()
-
-
-def read_lines(path):
-    """Lines of a UTF-8 text file that are not blank.
-
-    Raises
-    ------
-    ValueError
-        It cannot be read; the message begins with the path.
-    """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return [line.rstrip("\n") for line in file if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+from files import read_table
 
 
 def read_pairs(path, flag, audio_folder=None):

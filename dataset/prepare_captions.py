@@ -36,12 +36,8 @@ import pandas as pd
 import yaml
 
 from dataset.audio import AUDIO_SUFFIXES
-from dataset.manifest import (
-    probe_audio,
-    read_pairs,
-    write_csv,
-    write_json,
-)
+from dataset.manifest import probe_audio, read_pairs
+from files import write_csv, write_json
 
 logger = logging.getLogger(__name__)
 

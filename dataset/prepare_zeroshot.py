@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from dataset.manifest import read_table, write_csv
+from files import read_table, write_csv
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import sys
 
 from transformers import BertConfig, BertTokenizerFast
 
-from dataset.manifest import read_table
+from files import read_table
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 

@@ -126,7 +126,7 @@ def tones(tmp_path_factory):
         write_tone(folder / path, PITCHES[name], seed=i)
         rows += [(path, f"{word} {name}{odd}") for word in ("a", "sound of")]
     frame = pd.DataFrame(rows, columns=["wav_path", "caption"])
-    from dataset.manifest import write_csv
+    from files import write_csv
 
     write_csv(frame, folder / "pairs.csv")
     write_csv(frame.assign(start="0.1")[::-1], folder / "curated.csv")

@@ -26,8 +26,8 @@ from curation.embeddings import (
     write_store,
 )
 from dataset.audio import AudioReader
-from dataset.manifest import written_whole
 from dataset.text import CaptionTokenizer
+from files import written_whole
 from models.weights import AtomicCheckpointer
 
 CAPTIONS = [

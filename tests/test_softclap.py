@@ -15,7 +15,7 @@ from conftest import (
 
 import microsoft_clap_train
 import softclap_train
-from dataset.manifest import write_csv
+from files import write_csv
 from models.weights import find_checkpoint, load_weights
 
 TEACHER = str(ROOT / "hparams/insper/microsoft_clap_train.yaml")

@@ -16,7 +16,7 @@ from conftest import (
 )
 
 import microsoft_clap_train
-from dataset.manifest import write_csv
+from files import write_csv
 from models.weights import find_checkpoint
 
 HPARAMS = str(ROOT / "hparams/insper/microsoft_clap_train.yaml")

@@ -4,13 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dataset.manifest import (
-    read_lines,
-    read_pairs,
-    read_table,
-    write_csv,
-    written_whole,
-)
+from dataset.manifest import read_pairs
+from files import read_lines, read_table, write_csv, written_whole
 
 ODD = [
     "a,b",
