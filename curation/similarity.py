@@ -61,7 +61,7 @@ EDGES = np.arange(-100, 101) / 100  # lower ends of the histogram's bins
 _MAX_NORM = 2.0
 # Rows of a block at most, that a product stays within 64 MB, on a GPU 1 GB.
 _MAX_ROWS = {"cpu": 4096, "cuda": 16384}
-_CACHE_BYTES = 400 * 2**20  # of text blocks on a CPU
+_CACHE_BYTES = 128 * 2**20  # of text blocks on a CPU
 _MAX_CANDIDATES = 2**20  # of one block of audio rows against all texts
 _PAIRS_AT_ONCE = {"cpu": 128, "cuda": 2**16}  # rows that a cache holds
 _SAMPLE_ROWS = 4096  # of each side, to choose principal axes
