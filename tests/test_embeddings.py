@@ -287,9 +287,11 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def test_a_file_that_has_grown_would_move_all_rows(
-    embed, world, tmp_path, monkeypatch
+@pytest.mark.parametrize("seconds", [1.5, 5])
+def test_a_file_of_another_length_has_other_windows(
+    embed, world, tmp_path, monkeypatch, seconds
 ):
+    """It had 1.8 s, and two windows."""
     shutil.copytree(world, tmp_path / "copy")
     flags = {
         "audio_pathfile": tmp_path / "copy" / "list.txt",
@@ -300,7 +302,7 @@ def test_a_file_that_has_grown_would_move_all_rows(
         stopped.setattr(EmbeddingWriter, "finish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             embed(**flags)
-    write_noise(tmp_path / "copy" / "3, $x.wav", 5, 16000)
+    write_noise(tmp_path / "copy" / "20, $x.wav", seconds, 16000)
     with pytest.raises(ValueError, match=r"other embeddings: list \("):
         embed(**flags)
 
