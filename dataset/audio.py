@@ -149,10 +149,14 @@ def read_samples(file, sample_rate, begin, end):
             samples = transform(frames)[offset : offset + end - begin]
     if not len(samples):
         raise AudioError("is truncated: no samples where its header has some")
-    if not torch.isfinite(samples).all():
-        raise AudioError("holds NaN or infinite samples")
-    if samples.abs().max() > LOUDEST:
-        raise AudioError(f"holds samples over {LOUDEST:g}: not audio")
+    # In one pass; of NaN, no comparison holds.
+    low, high = (value.item() for value in torch.aminmax(samples))
+    if not (low >= -LOUDEST and high <= LOUDEST):
+        finite = math.isfinite(low) and math.isfinite(high)
+        over = f"samples over {LOUDEST:g}: not audio"
+        raise AudioError(
+            f"holds {over if finite else 'NaN or infinite samples'}"
+        )
     return samples
 
 
