@@ -44,9 +44,9 @@ from curation.report import make_report, report_figure
 from curation.similarity import (
     EDGES,
     Tally,
+    fastest_product,
     keep_best,
     pairs_over,
-    principal_axes,
 )
 from files import write_json, written_whole
 
@@ -328,7 +328,7 @@ def check_settings(hparams, device):
     names = ["audio_bs", "max_pairs", "target_pairs", *limits]
     experiment.check_numbers(hparams, names, 1, whole=True)
     precision = hparams["search_precision"]
-    choices = ["auto", "fp32", "bf16"] + ["fp16"] * (device != "cpu")
+    choices = ["auto", "fp32", "bf16", "int8" if device == "cpu" else "fp16"]
     if precision not in choices:
         raise SystemExit(
             f"--search_precision={precision}: give one of {', '.join(choices)}"
@@ -442,11 +442,21 @@ def retrieve(audio, text, hparams, run_opts):
                 return audio.block(first + begin, first + end)
 
             own = Tally(len(text))
-            axes = None
-            if not with_report:
-                axes = principal_axes(
-                    audio.block, len(audio), text.block, len(text), threshold
-                )
+            precision, axes = fastest_product(
+                audio.block,
+                len(audio),
+                text.block,
+                len(text),
+                threshold,
+                with_report,
+                hparams["search_precision"],
+                run_opts["device"],
+            )
+            logger.info(
+                "Products are in %s%s; the pairs do not depend on it",
+                precision,
+                "" if axes is None else f", {axes.shape[1] + 1} dimensions",
+            )
             batches = pairs_over(
                 audio_block,
                 last - first,
@@ -457,7 +467,7 @@ def retrieve(audio, text, hparams, run_opts):
                 with_report,
                 hparams["audio_bs"],
                 device=run_opts["device"],
-                precision=hparams["search_precision"],
+                precision=precision,
                 axes=axes,
             )
             moved = ((a + first, t, s) for a, t, s in batches)

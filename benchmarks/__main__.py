@@ -17,7 +17,7 @@ import re
 import sys
 import time
 
-from benchmarks.measure import Row, machine, product_speed, table
+from benchmarks.measure import PRECISIONS, Row, machine, product_speed, table
 
 # Together under 15 minutes on two cores.
 COMMANDS = {
@@ -55,7 +55,7 @@ def main(argv):
     for name in names:
         print(f"\nbenchmarks.{name} {' '.join(COMMANDS[name])}", flush=True)
         # A virtual machine's speed changes from hour to hour.
-        products = {p: product_speed(p) for p in ("fp32", "bf16")}
+        products = {p: product_speed(p) for p in PRECISIONS}
         module = importlib.import_module(f"benchmarks.{name}")
         rows = module.main(COMMANDS[name])
         record["benchmarks"][name] = {
@@ -80,11 +80,11 @@ def write_tables(paths):
                 continue
             found = record["benchmarks"][name]
             products = ", ".join(
-                f"{precision} {speed / 1e9:.0f} GFLOP/s"
+                f"{precision} {speed / 1e9:.0f}"
                 for precision, speed in found["products"].items()
             )
-            text += f"\n`{name}`, {found['date']}; product of matrices: "
-            text += f"{products}.\n\n"
+            text += f"\n`{name}`, {found['date']}; product of matrices, 10^9 "
+            text += f"operations/s: {products}.\n\n"
             text += table([Row(**row) for row in found["rows"]])
     readme = FOLDER / "README.md"
     before, _, rest = readme.read_text().partition(MARKS[0])

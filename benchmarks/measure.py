@@ -10,6 +10,7 @@ import time
 
 import torch
 
+PRECISIONS = ("fp32", "bf16", "int8")
 # The allocator's setting of experiment.keep_freed_memory, for any process.
 KEEPING = {
     "MALLOC_MMAP_MAX_": "0",
@@ -59,12 +60,12 @@ def peak_memory():
 
 
 def product_speed(precision):
-    """FLOP/s of a product of matrices on this machine, the best of five.
+    """FLOP/s of a product of matrices on this machine, the best of ten.
 
     Arguments
     ---------
     precision : str
-        fp32 (TF32 on a GPU, which SpeechBrain allows) or bf16.
+        fp32 (TF32 on a GPU, which SpeechBrain allows), bf16 or int8.
 
     Returns
     -------
@@ -72,14 +73,21 @@ def product_speed(precision):
     """
     import speechbrain  # noqa: F401
 
-    # Large enough to be bound by the arithmetic.
-    rows, width = (4096, 1024) if device() == "cpu" else (16384, 4096)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    a = torch.randn(rows, width, device=device()).to(dtype)
+    # Large enough to be bound by the arithmetic, and on a CPU small enough for
+    # its caches.
+    rows, width = (2048, 1024) if device() == "cpu" else (16384, 4096)
+    dtypes = {
+        "fp32": (torch.float32, torch.float32, torch.mm),
+        "bf16": (torch.bfloat16, torch.bfloat16, torch.mm),
+        "int8": (torch.int8, torch.int32, torch._int_mm),
+    }
+    dtype, out_dtype, product = dtypes[precision]
+    a = (16 * torch.randn(rows, width, device=device())).to(dtype)
+    out = torch.empty(rows, rows, dtype=out_dtype, device=device())
     times = []
-    for _ in range(5):
+    for _ in range(10):
         begin = synchronized()
-        _ = a @ a.T
+        product(a, a.T, out=out)
         times.append(synchronized() - begin)
     return 2 * rows * rows * width / min(times)
 

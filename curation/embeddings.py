@@ -61,12 +61,13 @@ class Embeddings:
         return len(self.vectors)
 
     def block(self, begin, end):
-        """Rows begin..end as they are stored, (end - begin, d) float32."""
+        """Rows begin..end, (end - begin, d) float16 or float32."""
         # Mapped anew each time, or all pages that were read would count as
-        # memory of the process until it ends.
-        vectors = np.load(self.path, mmap_mode="r")
-        block = np.asarray(vectors[begin:end], dtype=np.float32)
+        # memory of the process until it ends. "c" never writes to the file,
+        # but PyTorch warns of arrays that cannot be written to.
+        block = np.load(self.path, mmap_mode="c")[begin:end]
         if self.info is None:
+            block = block.astype(np.float32)
             norms = np.linalg.norm(block, axis=1, keepdims=True)
             foreign = np.abs(norms - 1) > 1e-3
             block = np.where(foreign, block / np.maximum(norms, 1e-12), block)

@@ -19,14 +19,18 @@ format took away, the fast product of a and b is off by at most
     r(a) |b| + (|a| + r(a)) r(b) + (d + 64) 2^-22 (|a| + r(a)) (|b| + r(b))
 
 The first terms are the rounding of the input (Cauchy-Schwarz); r is measured
-and not taken from the format's worst case. The last one is the accumulation of
-d products in fp32 in any order, at most d 2^-24 with rounding to nearest
-(Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1), d 2^-23
-if sums are truncated, and 1.1 d 2^-23 if groups of 16 are aligned to their
-largest before, as GPUs do; 2^-22 leaves room, and 64 some for fp32 taken as the
-sum of two bf16 numbers without the product of the lower ones (2^-18). Products
-that are returned in bf16 are compared with a limit that is itself a bf16
-number: rounding keeps the order, so none falls below the limit by it.
+and not taken from the format's worst case. int8 numbers, in steps of 1/127 of
+the largest of a block, lose the most; their products are added as integers,
+without rounding, and several times as fast where the processor has
+instructions for them (VNNI). For the other formats the last term is the
+accumulation of d products in fp32 in any order, at most d 2^-24 with rounding
+to nearest (Higham, "Accuracy and Stability of Numerical Algorithms", section
+3.1), d 2^-23 if sums are truncated, and 1.1 d 2^-23 if groups of 16 are aligned
+to their largest before, as GPUs do; 2^-22 leaves room, and 64 some for fp32
+taken as the sum of two bf16 numbers without the product of the lower ones
+(2^-18), and for r, which is itself computed in fp32. Products that are returned
+in bf16 are compared with a limit that is itself a bf16 number: rounding keeps
+the order, so none falls below the limit by it.
 
 The same margins tell how far the histogram of all similarities may be off,
 which is made from the fast product.
@@ -44,12 +48,15 @@ more. These short vectors take the place of the long ones in the fast product;
 what they cannot exclude is decided exactly as before. Coordinates and residuals
 are computed in float64: that, and axes that are orthogonal to 1e-12 only, move
 the bound by less than 1e-10 of the norms, for which the last term above has
-room. Embeddings of trained models lie near a few axes. How many to take is
-found from a sample, and whether it pays at all.
+room. Embeddings of trained models lie near a few axes. How many to take, and
+the format, is found from a sample and from the time that products take on the
+machine (`fastest_product`).
 """
 
+import collections.abc
 import concurrent.futures
 import dataclasses
+import functools
 import math
 import time
 
@@ -59,16 +66,24 @@ import torch
 GRID = 2.0**24  # steps in 1
 EDGES = np.arange(-100, 101) / 100  # lower ends of the histogram's bins
 _MAX_NORM = 2.0
+_PRECISIONS = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+}
+_ON = {"cpu": ("int8", "bf16", "fp32"), "cuda": ("fp16", "bf16", "fp32")}
 # Rows of a block at most, that a product stays within 64 MB, on a GPU 1 GB.
 _MAX_ROWS = {"cpu": 4096, "cuda": 16384}
-_CACHE_BYTES = 128 * 2**20  # of text blocks on a CPU
-_MAX_CANDIDATES = 2**20  # of one block of audio rows against all texts
-_PAIRS_AT_ONCE = {"cpu": 128, "cuda": 2**16}  # rows that a cache holds
-_SAMPLE_ROWS = 4096  # of each side, to choose principal axes
+# Texts of a block: a CPU is slower at products that its caches do not hold.
+_TEXT_ROWS = {"cpu": 1024, "cuda": 4096}
+_CACHE_BYTES = 192 * 2**20  # of text blocks on a CPU
+_MAX_PAIRS = 2**20  # of one block of audio rows with all texts
+_PAIRS_AT_ONCE = {"cpu": 256, "cuda": 2**16}  # rows that a cache holds
+_GROUP = 256  # similarities of which only the highest is looked at first
+_SAMPLE_ROWS = 2048  # of each side, to choose a fast product
 # Axes to try; with the residual a multiple of 16.
 _NUM_AXES = (63, 127, 255, 511)
-# An exact decision takes as long as so many similarities in a fast product.
-_COST_OF_CANDIDATE = 500
 
 
 class Tally:
@@ -182,20 +197,28 @@ class _Rows:
     ---------
     begin : int
         First row's number.
-    exact : torch.Tensor
-        (rows, d) on the grid, fp16 if that holds them, else fp32.
     fast : torch.Tensor
-        The same in the format of the fast product, or (rows, k + 1)
+        (rows, d) in the format of the fast product, or (rows, k + 1)
         coordinates and residual if axes are used.
-    norm, lost : float
-        Largest norm of a row, and of what the format of `fast` took away.
+    unit : float
+        What 1 stands for in `fast`.
+    lost, norm : float
+        Largest norm of what the format of `fast` took away, and of a row.
+    exact : torch.Tensor or callable
+        (rows, d) on the grid, fp16 if that holds them, else fp32; or what
+        returns them, if they are not kept.
     """
 
     begin: int
-    exact: torch.Tensor
     fast: torch.Tensor
-    norm: float
+    unit: float
     lost: float
+    norm: float
+    exact: torch.Tensor | collections.abc.Callable
+
+    def __len__(self):
+        """Number of rows."""
+        return len(self.fast)
 
     def part(self, begin, end):
         """Some of the rows; the norms stay bounds."""
@@ -216,27 +239,28 @@ class _Seen:
     bins: np.ndarray | None = None
     text_best: list = dataclasses.field(default_factory=list)
 
-    def add(self, product, text_begin, scratch):
-        """Count one product (audio rows, texts)."""
+    def add(self, product, unit, text_begin, scratch):
+        """Count one product (audio rows, texts), which may be lost."""
         if product.dtype == torch.bfloat16:
             bits = product.view(torch.int16)
             unsigned = scratch.take(torch.int32, bits.shape, bits.device)
-            counts = _counted(unsigned.copy_(bits).bitwise_and_(0xFFFF), 2**16)
+            unsigned.copy_(bits).bitwise_and_(0xFFFF)
+            counts = scratch.counted(unsigned, 2**16)
             bits = bits.numpy()
             self.bits = counts if self.bits is None else self.bits + counts
             # As integers, bits keep the order of positive numbers, and
             # negative ones stay below; no curve asks for more.
             best = [_from_bits(bits.max(axis=axis)) for axis in (1, 0)]
         else:
-            best = [product.amax(dim=dim).cpu().numpy() for dim in (1, 0)]
-            counts = _binned_fast(product, scratch)
+            best = [unit * product.amax(dim).cpu().numpy() for dim in (1, 0)]
+            counts = _binned_fast(product, unit, scratch)
             self.bins = counts if self.bins is None else self.bins + counts
         np.maximum(self.best, best[0], out=self.best)
         self.text_best.append((text_begin, best[1]))
 
 
 class _Scratch:
-    """Memory for products and masks, which all blocks share.
+    """Memory for products, and threads for counting, which all blocks share.
 
     A system clears the pages of new buffers, which takes as long as a product
     of short vectors.
@@ -244,6 +268,14 @@ class _Scratch:
 
     def __init__(self):
         self.buffers = {}
+        # PyTorch counts in one thread, but does not hold others up, if these
+        # do not start threads of their own.
+        self.num_threads = torch.get_num_threads()
+        self.pool = concurrent.futures.ThreadPoolExecutor(
+            self.num_threads,
+            initializer=torch.set_num_threads,
+            initargs=(1,),
+        )
 
     def take(self, dtype, shape, device):
         """An uninitialised tensor, valid until the next of its dtype."""
@@ -253,6 +285,18 @@ class _Scratch:
             buffer = torch.empty(size, dtype=dtype, device=device)
             self.buffers[dtype] = buffer
         return buffer[:size].view(shape)
+
+    def counted(self, values, size):
+        """Counts (size,) of the int32 numbers of a tensor."""
+
+        def count(part):
+            return torch.bincount(part, minlength=size)
+
+        flat = values.view(-1)
+        if values.is_cuda:
+            return count(flat).cpu().numpy()
+        parts = flat.chunk(self.num_threads)
+        return sum(self.pool.map(count, parts)).numpy()
 
 
 class _Blocks:
@@ -267,7 +311,7 @@ class _Blocks:
             block = self.kept.get(begin)
             if block is None:
                 block = self.read(begin, min(begin + self.size, self.count))
-                nbytes = block.exact.nbytes + block.fast.nbytes
+                nbytes = block.fast.nbytes + getattr(block.exact, "nbytes", 0)
                 if nbytes <= self.room:
                     self.room -= nbytes
                     self.kept[begin] = block
@@ -283,9 +327,9 @@ def pairs_over(
     tally=None,
     with_report=False,
     audio_bs=4000,
-    text_bs=4096,
+    text_bs=None,
     device="cpu",
-    precision="auto",
+    precision="fp32",
     axes=None,
 ):
     """Find all pairs whose exact similarity is the threshold or more.
@@ -305,17 +349,18 @@ def pairs_over(
     tally : Tally
         Counts, updated on the way.
     with_report : bool
-        Whether to count all similarities too, which costs a third more.
+        Whether to count all similarities too, which costs half as much again.
     audio_bs, text_bs : int
-        Rows at a time, at most 4096 on a CPU and 16384 on a GPU.
+        Rows at a time, at most 4096 on a CPU and 16384 on a GPU. None takes
+        1024 texts on a CPU and 4096 on a GPU.
     device : str
         Where products are computed.
     precision : str
-        Of the fast product: fp32, bf16, or fp16 (GPU only, where it is exact
-        for fp16 vectors but for the accumulation). auto takes fp16 on a GPU,
-        and the faster of the others, as measured, on a CPU.
+        Of the fast product: fp32 or bf16; on a GPU also fp16, which is exact
+        for fp16 vectors but for the accumulation; on a CPU also int8.
     axes : torch.Tensor
-        Of `principal_axes`: fewer dimensions to multiply in, the same pairs.
+        (d, k) orthonormal columns: fewer dimensions to multiply in, the same
+        pairs. `fastest_product` chooses these and the precision.
 
     Yields
     ------
@@ -327,14 +372,11 @@ def pairs_over(
     ------
     ValueError
         An argument is out of range, or a row is not finite or its norm
-        exceeds 2; or both a report and axes are given.
+        exceeds 2; or both a report and axes are given; or the processor's
+        int8 products are not exact.
     """
-    kind = torch.device(device).type
-    if kind not in _MAX_ROWS:
-        raise ValueError(
-            f"device={device}: products are computed on cpu or cuda"
-        )
-    if audio_bs < 1 or text_bs < 1:
+    dtype = _PRECISIONS[_precisions(precision, device)[0]]
+    if audio_bs < 1 or (text_bs is not None and text_bs < 1):
         raise ValueError(
             f"Block sizes must be 1 or more: {audio_bs}, {text_bs}"
         )
@@ -346,14 +388,19 @@ def pairs_over(
     tally.start(threshold)
     if not n_audio or not n_text:
         return
+    kind = torch.device(device).type
+    text_bs = _TEXT_ROWS[kind] if text_bs is None else text_bs
     audio_bs, text_bs = (min(n, _MAX_ROWS[kind]) for n in (audio_bs, text_bs))
-    width = np.asarray(text_block(0, 1)).shape[1]
     axes = None if axes is None else axes.to(device)
-    dtype = _fast_dtype(precision, kind, width)
 
     def read_text(begin, end):
-        vectors = text_block(begin, end)
-        return _prepare(vectors, begin, dtype, device, "text", axes)
+        rows = _prepare(
+            text_block(begin, end), begin, dtype, device, "text", axes
+        )
+        if kind == "cpu":
+            # Read again for a few rows, which costs less than the memory.
+            rows.exact = lambda: _on_grid(text_block(begin, end), device)
+        return rows
 
     room = _CACHE_BYTES
     if kind == "cuda":
@@ -368,43 +415,80 @@ def pairs_over(
             yield pairs
 
 
-def principal_axes(audio_block, n_audio, text_block, n_text, threshold):
-    """The axes with which a search is expected to be the fastest.
+def fastest_product(
+    audio_block,
+    n_audio,
+    text_block,
+    n_text,
+    threshold,
+    with_report=False,
+    precision="auto",
+    device="cpu",
+):
+    """The precision and the axes with which a search should be the fastest.
 
-    They are made from one half of a sample and judged by the other: rows that
-    they were not made from lie farther from them.
+    Products of each kind are timed on this machine; how many candidates they
+    leave to decide is found from a sample. Axes are made from one half of it
+    and judged by the other: rows that they were not made from lie farther from
+    them.
 
     Arguments
     ---------
-    audio_block, text_block, n_audio, n_text, threshold
-        As `pairs_over`, of which a sample is read.
+    audio_block, text_block, n_audio, n_text, threshold, with_report, device
+        As `pairs_over`; of the blocks a sample is read.
+    precision : str
+        As `pairs_over`; auto takes fp16 on a GPU, and compares the others on a
+        CPU.
 
     Returns
     -------
-    torch.Tensor
-        (d, k) float64 orthonormal columns; None if products of the whole
-        vectors are faster.
+    tuple
+        The precision, and (d, k) float64 orthonormal columns or None.
+
+    Raises
+    ------
+    ValueError
+        The precision or the device is none of those.
     """
+    names = _precisions(precision, device)
+    best, least = (names[-1], None), np.inf
     if n_audio < 2 or n_text < 2:
-        return None
+        return best
     audio, text = _sample(audio_block, n_audio), _sample(text_block, n_text)
-    width = audio.shape[1]
     if not (audio.isfinite().all() and text.isfinite().all()):
-        return None  # the error comes with the row, and names it
-    moments = sum(
-        side[::2].T @ side[::2] / len(side[::2]) for side in (audio, text)
-    )
-    axes = torch.linalg.eigh(moments)[1].flip(1)
-    best, least = None, 0.7
-    for count in _NUM_AXES:
-        if count >= width:
-            break
-        some = axes[:, :count].contiguous()
-        bounds = _short(audio[1::2], some) @ _short(text[1::2], some).T
-        candidates = (bounds >= threshold).double().mean().item()
-        cost = (count + 1) / width + _COST_OF_CANDIDATE * candidates
-        if cost < least:
-            best, least = some, cost
+        return best  # the error comes with the row, and names it
+    width = audio.shape[1]
+    sizes = [None]
+    if not with_report:
+        sizes += [count for count in _NUM_AXES if count < width]
+        moments = sum(
+            side[::2].T @ side[::2] / len(side[::2]) for side in (audio, text)
+        )
+        all_axes = torch.linalg.eigh(moments)[1].flip(1)
+    decision = _decision_seconds(audio, text, device)
+    for count in sizes:
+        axes, preparing = None, 0.0
+        sides = [audio[1::2], text[1::2]]
+        if count is not None:
+            axes = all_axes[:, :count].contiguous()
+            begin = time.perf_counter()
+            short = [_short(side, axes) for side in sides]
+            preparing = time.perf_counter() - begin
+            preparing /= sum(map(len, sides))  # a row
+            preparing *= 1 / n_audio + 1 / n_text  # a similarity
+            sides = short
+        bounds = sides[0] @ sides[1].T
+        for name in names:
+            dtype = _PRECISIONS[name]
+            rows = [
+                _Rows(0, *_rounded(side, dtype), _largest_norm(side), side)
+                for side in sides
+            ]
+            candidates = bounds >= threshold - _margin(*rows)
+            seconds = preparing + candidates.double().mean().item() * decision
+            seconds += product_seconds(dtype, sides[0].shape[1], device)
+            if seconds < least:
+                best, least = (name, axes), seconds
     return best
 
 
@@ -435,20 +519,44 @@ def keep_best(groups, others, similarities, count):
     return np.sort(order[ranks < count])
 
 
+def _precisions(precision, device):
+    """Names of the formats that a precision allows on a device."""
+    kind = torch.device(device).type
+    if kind not in _ON:
+        raise ValueError(
+            f"device={device}: products are computed on cpu or cuda"
+        )
+    names = [name for name in _ON[kind] if name != "int8" or _int8_is_exact()]
+    if precision == "auto":
+        return names[:1] if kind == "cuda" else names
+    if precision not in names:
+        raise ValueError(
+            f"precision={precision}: give one of {', '.join(names)}"
+        )
+    return [precision]
+
+
+@functools.cache
+def _int8_is_exact():
+    """Whether products of int8 numbers are added without saturation.
+
+    Processors without instructions for them (VNNI) may add pairs in 16 bits.
+    """
+    ends = torch.full((64, 64), 127, dtype=torch.int8)
+    ends[1::2] = -127
+    products = _product(ends, ends, _Scratch())
+    signs = ends.sign().long()
+    return torch.equal(products.long(), 127**2 * signs @ signs.T)
+
+
 def _pairs_of(rows, texts, tally, with_report, scratch):
     """Pairs of a block of audio rows, in several yields if they are many."""
-    seen = _Seen(np.full(len(rows.exact), -np.inf, dtype=np.float32))
-    found, candidates = [], 0
+    seen = _Seen(np.full(len(rows), -np.inf, dtype=np.float32))
+    found, count = [], 0
     for block in texts:
         product = _product(rows.fast, block.fast, scratch)
-        margin = _margin(rows, block)
-        flat = _reaching(product, tally.threshold - margin, scratch)
-        candidates += len(flat)
-        if candidates > _MAX_CANDIDATES and len(rows.exact) > 1:
-            half = len(rows.exact) // 2
-            for part in (rows.part(0, half), rows.part(half, None)):
-                yield from _pairs_of(part, texts, tally, with_report, scratch)
-            return
+        unit, margin = rows.unit * block.unit, _margin(rows, block)
+        flat = _reaching(product, (tally.threshold - margin) / unit)
         tally.margin = max(tally.margin, margin + _output_rounding(product))
         if tally.highest < tally.threshold and not len(flat):
             best = np.array([_argmax(product)])
@@ -456,14 +564,20 @@ def _pairs_of(rows, texts, tally, with_report, scratch):
             tally.highest = max(tally.highest, highest)
             if rows.fast.shape != rows.exact.shape:
                 # Bounds may exceed the similarities by more than the margin.
-                bound = product.view(-1)[best[0]].item() + margin
+                bound = unit * product.view(-1)[best[0]].item() + margin
                 tally.margin = max(tally.margin, bound - highest)
         if with_report:
-            seen.add(product, block.begin, scratch)
+            seen.add(product, unit, block.begin, scratch)
         audio, text, similarities = _exact_of(rows, block, flat)
         tally.highest = similarities.max(initial=tally.highest)
         keep = similarities >= tally.threshold
         found.append((audio[keep], text[keep], similarities[keep]))
+        count += len(found[-1][0])
+        if count > _MAX_PAIRS and len(rows) > 1:
+            half = len(rows) // 2
+            for part in (rows.part(0, half), rows.part(half, None)):
+                yield from _pairs_of(part, texts, tally, with_report, scratch)
+            return
     if with_report:
         tally.add_fast(seen)
     audio, text, similarities = (np.concatenate(part) for part in zip(*found))
@@ -473,13 +587,13 @@ def _pairs_of(rows, texts, tally, with_report, scratch):
 
 
 def _sample(read, count):
-    """Rows from all over, (at most 4096, d) float64."""
+    """Rows from all over, (at most 2048, d) float64."""
     size = _SAMPLE_ROWS // 8
     begins = [i * (count - size) // 7 for i in range(8)]
     if count <= _SAMPLE_ROWS:
         begins, size = [0], count
     blocks = [np.asarray(read(begin, begin + size)) for begin in begins]
-    return torch.from_numpy(np.concatenate(blocks).astype(np.float64))
+    return torch.from_numpy(np.concatenate(blocks)).double()
 
 
 def _short(vectors, axes):
@@ -494,29 +608,45 @@ def _short(vectors, axes):
 
 def _prepare(vectors, begin, dtype, device, kind, axes=None):
     """Put vectors on the grid and round them, or bounds, to the fast format."""
-    exact = torch.as_tensor(np.asarray(vectors), device=device).float()
-    exact = exact.mul(GRID).round_().div_(GRID)
-    norm = _largest_norm(exact)
+    exact = _on_grid(vectors, device)
+    whole = exact.float()
+    norm = _largest_norm(whole)
     if not norm <= _MAX_NORM:
-        norms = 1.001 * torch.linalg.vector_norm(exact, dim=1)
+        norms = 1.001 * torch.linalg.vector_norm(whole, dim=1)
         row = begin + torch.nonzero(~(norms <= _MAX_NORM))[0].item()
         raise ValueError(
             f"The {kind} embedding of row {row} (from 0) is not finite or its "
             f"norm exceeds {_MAX_NORM:g}"
         )
-    whole = exact
     if axes is not None:
-        whole = _short(exact, axes)
+        whole = _short(whole, axes)
         norm = max(norm, _largest_norm(whole))
-    fast = whole.to(dtype)
+    return _Rows(begin, *_rounded(whole, dtype), norm, exact)
+
+
+def _on_grid(vectors, device):
+    """Vectors as multiples of 2^-24, fp16 if that holds them, else fp32."""
+    exact = torch.as_tensor(np.asarray(vectors), device=device)
+    if exact.dtype == torch.float16:
+        return exact
+    exact = exact.float().mul(GRID).round_().div_(GRID)
+    half = exact.half()
+    return half if torch.equal(half.float(), exact) else exact
+
+
+def _rounded(whole, dtype):
+    """Vectors in the fast format, its unit, the largest norm of the loss."""
+    unit = 1.0
+    if dtype == torch.int8:
+        unit = (whole.abs().amax().item() or 1.0) / 127
+        fast = (whole / unit).round_().to(dtype)
+    else:
+        fast = whole.to(dtype)
     if dtype == torch.float32:
         # Bits that the product may ignore are cleared, and their loss counted.
         fast = (fast.view(torch.int32) & -(2 ** _ignored_bits())).view(dtype)
-    lost = _largest_norm(whole - fast.to(whole.dtype))
-    half = exact.half()
-    if torch.equal(half.float(), exact):
-        exact = half
-    return _Rows(begin, exact, fast, norm, lost)
+    lost = torch.sub(whole, fast.to(whole.dtype), alpha=unit)
+    return fast, unit, _largest_norm(lost)
 
 
 def _largest_norm(vectors):
@@ -533,53 +663,66 @@ def _ignored_bits():
     ]
 
 
-def _fast_dtype(precision, kind, width):
-    """The fast product's dtype."""
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if kind == "cuda":
-        dtypes |= {"fp16": torch.float16, "auto": torch.float16}
-    elif precision == "auto":
-        seconds = {
-            name: product_seconds(dtype, width)
-            for name, dtype in dtypes.items()
-        }
-        precision = min(seconds, key=seconds.get)
-    if precision not in dtypes:
-        raise ValueError(
-            f"precision={precision}: give one of auto, {', '.join(dtypes)}"
-        )
-    return dtypes[precision]
-
-
-def product_seconds(dtype, width):
-    """Time of a product in a format on this machine's CPU.
+def product_seconds(dtype, width, device="cpu"):
+    """Time that a similarity takes in the fast product.
 
     Arguments
     ---------
     dtype : torch.dtype
     width : int
         Length of the vectors.
+    device : str
 
     Returns
     -------
     float
-        The best of three, in seconds; only ratios of two have a meaning.
+        Seconds, the best of three of a product of 1024 by 1024 vectors that
+        is searched for what reaches a limit.
     """
-    matrix, scratch = torch.ones(1024, width, dtype=dtype), _Scratch()
+    matrix = torch.ones(1024, width, dtype=dtype, device=device)
+    scratch = _Scratch()
+
+    def run():
+        _reaching(_product(matrix, matrix, scratch), 2.0 * 127**2 * width)
+
+    return _least_seconds(run) / 1024**2
+
+
+def _decision_seconds(audio, text, device):
+    """Time that the exact similarity of a candidate takes."""
+    sides = [_on_grid(side[:1024].half(), device) for side in (audio, text)]
+    rows = [np.arange(1024) % len(side) for side in sides]
+
+    def run():
+        for begin in range(0, 1024, 256):
+            part = slice(begin, begin + 256)
+            _dots(sides[0], rows[0][part], sides[1], rows[1][part])
+
+    return _least_seconds(run) / 1024
+
+
+def _least_seconds(run):
+    """The best of three."""
     times = []
     for _ in range(3):
         begin = time.perf_counter()
-        _product(matrix, matrix, scratch)
+        run()
         times.append(time.perf_counter() - begin)
     return min(times)
 
 
 def _product(audio, text, scratch):
-    """(audio rows, texts); bf16 gives bf16 on a CPU, all else gives fp32."""
+    """(audio rows, texts) of the same format on a CPU, int32 of int8; or fp32.
+
+    In units of both sides.
+    """
     if audio.is_cuda and audio.dtype != torch.float32:
         # Partial sums of a half-precision result might be rounded too.
         return torch.mm(audio, text.T, out_dtype=torch.float32)
     shape = (len(audio), len(text))
+    if audio.dtype == torch.int8:
+        out = scratch.take(torch.int32, shape, audio.device)
+        return torch._int_mm(audio, text.T, out=out)
     out = scratch.take(audio.dtype, shape, audio.device)
     return torch.mm(audio, text.T, out=out)
 
@@ -600,7 +743,7 @@ def _output_rounding(product):
     return 2.0**-8 if product.dtype == torch.bfloat16 else 0.0
 
 
-def _reaching(product, limit, scratch):
+def _reaching(product, limit):
     """Flat indices of values that reach the limit, or would but for rounding.
 
     Arguments
@@ -608,12 +751,15 @@ def _reaching(product, limit, scratch):
     product : torch.Tensor
         (audio rows, texts).
     limit : float
-    scratch : _Scratch
+        In the product's unit.
 
     Returns
     -------
     array of int64
     """
+    if product.dtype == torch.int32:
+        ends = torch.iinfo(torch.int32)
+        limit = math.floor(min(max(limit, ends.min), ends.max))
     if product.dtype == torch.bfloat16:
         limit = _bf16_below(limit)
         if limit > 0:
@@ -626,14 +772,13 @@ def _reaching(product, limit, scratch):
     flat = product.view(-1)
     if product.is_cuda:
         return torch.nonzero(flat >= limit)[:, 0].cpu().numpy()
-    # Eight at a time are looked at, since nearly all are below.
-    words = -(-len(flat) // 8)
-    mask = scratch.take(torch.bool, (8 * words,), product.device)
-    mask[len(flat) :] = False
-    torch.ge(flat, limit, out=mask[: len(flat)])
-    hits = np.flatnonzero(mask.view(torch.int64).numpy())
-    rows, columns = np.nonzero(mask.numpy().reshape(-1, 8)[hits])
-    return 8 * hits[rows] + columns
+    # Nearly all groups are below as a whole.
+    end = len(flat) // _GROUP * _GROUP
+    groups = flat[:end].view(-1, _GROUP)
+    hits = torch.nonzero(groups.amax(1) >= limit)[:, 0]
+    rows, columns = torch.nonzero(groups[hits] >= limit).unbind(1)
+    rest = torch.nonzero(flat[end:] >= limit)[:, 0]
+    return torch.cat([_GROUP * hits[rows] + columns, end + rest]).numpy()
 
 
 def _bf16_below(value):
@@ -648,7 +793,8 @@ def _bf16_below(value):
 def _argmax(product):
     """Flat index of the highest value."""
     if product.dtype != torch.bfloat16:
-        return product.argmax().item()
+        row = product.amax(1).argmax().item()
+        return row * product.shape[1] + product[row].argmax().item()
     bits = product.view(torch.int16).numpy()
     # Among negative numbers the lowest bits are the nearest to zero.
     return bits.argmax() if bits.max() >= 0 else bits.argmin()
@@ -669,27 +815,30 @@ def _exact_of(rows, block, flat):
     tuple of array
         Audio rows and text rows (of all), similarities.
     """
-    audio, text = np.divmod(flat, len(block.exact))
+    audio, text = np.divmod(flat, len(block))
     similarities = np.empty(len(flat))
-    step = _PAIRS_AT_ONCE[rows.exact.device.type]
-    for begin in range(0, len(flat), step):
-        part = slice(begin, begin + step)
-        similarities[part] = _dots(
-            rows.exact, audio[part], block.exact, text[part]
-        )
+    if len(flat):
+        exact = block.exact() if callable(block.exact) else block.exact
+        step = _PAIRS_AT_ONCE[exact.device.type]
+        for begin in range(0, len(flat), step):
+            part = slice(begin, begin + step)
+            similarities[part] = _dots(
+                rows.exact, audio[part], exact, text[part]
+            )
     return rows.begin + audio, block.begin + text, similarities
 
 
 def _dots(a, a_rows, b, b_rows):
     """float64 dot products of gathered rows."""
-    if a.is_cuda:
-        a = a[torch.as_tensor(a_rows, device=a.device)].double()
-        b = b[torch.as_tensor(b_rows, device=b.device)].double()
-        return a.mul_(b).sum(dim=1).cpu().numpy()
-    # NumPy gathers faster, PyTorch converts fp16 faster.
-    a = torch.from_numpy(a.numpy()[a_rows]).double().numpy()
-    b = torch.from_numpy(b.numpy()[b_rows]).double().numpy()
-    return np.einsum("ij,ij->i", a, b)
+    # fp32 holds the product of two fp16 numbers exactly, 22 bits.
+    halves = a.dtype == b.dtype == torch.float16
+    dtype = torch.float32 if halves else torch.float64
+    a, b = (
+        side.index_select(0, torch.as_tensor(rows, device=side.device))
+        for side, rows in ((a, a_rows), (b, b_rows))
+    )
+    products = a.to(dtype).mul_(b.to(dtype))
+    return products.sum(dim=1, dtype=torch.float64).cpu().numpy()
 
 
 def _binned(values):
@@ -698,26 +847,21 @@ def _binned(values):
     return np.bincount(bins[bins >= 0], minlength=len(EDGES))
 
 
-def _binned_fast(product, scratch):
-    """The same for a whole fp32 product, which is lost; below -1 is -1."""
-    bins = scratch.take(torch.int32, product.shape, product.device)
-    steps = product.mul_(100).floor_().add_(100).clamp_(0, len(EDGES) - 1)
-    return _counted(bins.copy_(steps), len(EDGES))
-
-
-def _counted(values, size):
-    """Counts (size,) of the int32 numbers in a matrix."""
-
-    def count(part):
-        return torch.bincount(part, minlength=size)
-
-    flat = values.view(-1)
-    if values.is_cuda:
-        return count(flat).cpu().numpy()
-    # It counts in one thread, but does not hold others up.
-    threads = torch.get_num_threads()
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        return sum(pool.map(count, flat.chunk(threads))).numpy()
+def _binned_fast(product, unit, scratch):
+    """The same for a whole product, which is lost; below -1 is -1."""
+    shape, device = product.shape, product.device
+    steps = scratch.take(torch.float32, shape, device)
+    steps.copy_(product).mul_(100 * unit).floor_().clamp_(-100, 100)
+    # Two numbers of a byte each are counted at once.
+    flat = scratch.take(torch.int8, shape, device).copy_(steps).view(-1)
+    end = len(flat) // 2 * 2
+    pairs = scratch.take(torch.int32, (end // 2,), device)
+    pairs.copy_(flat[:end].view(torch.int16)).bitwise_and_(0xFFFF)
+    counts = scratch.counted(pairs, 2**16).reshape(256, 256)
+    counts = counts.sum(0) + counts.sum(1)
+    counts[flat[end:].cpu().numpy()] += 1
+    # Negative numbers are the upper half.
+    return np.roll(counts, 128)[28:229]
 
 
 def _at_least(counts):

@@ -1,5 +1,6 @@
 """The blocked search against a naive float64 product, and exact fractions."""
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -11,7 +12,7 @@ from curation.similarity import EDGES, Tally, keep_best, pairs_over
 
 THRESHOLD = 0.75
 BLOCKS = [(1, 64), (7, 200), (64, 33), (4000, 4096)]
-PRECISIONS = ["fp32", "bf16", "auto"]
+PRECISIONS = ["fp32", "bf16", "int8"]
 
 
 def unit(vectors):
@@ -89,30 +90,51 @@ def low_rank(vectors, count=8, scale=0.1):
     return [v.astype(np.float16) for v in moved]
 
 
-def axes_of(vectors, threshold):
+def fastest(vectors, threshold, **kwargs):
     audio, text = vectors
-    return similarity.principal_axes(
+    return similarity.fastest_product(
         lambda begin, end: audio[begin:end],
         len(audio),
         lambda begin, end: text[begin:end],
         len(text),
         threshold,
+        **kwargs,
     )
 
 
 @pytest.fixture
-def take_axes(monkeypatch):
-    """Axes in that number, whatever they cost."""
+def costs(monkeypatch):
+    """Set what products in each format and decisions cost, not the clock."""
+
+    def set_costs(decision=0.0, preparing=0.0, **formats):
+        times = {similarity._PRECISIONS[n]: t for n, t in formats.items()}
+        monkeypatch.setattr(
+            similarity,
+            "product_seconds",
+            lambda dtype, width, device: width * times[dtype],
+        )
+        monkeypatch.setattr(
+            similarity, "_decision_seconds", lambda *_: decision
+        )
+        clock = itertools.count(step=preparing)
+        monkeypatch.setattr(similarity.time, "perf_counter", clock.__next__)
+
+    return set_costs
+
+
+@pytest.fixture
+def take_axes(costs, monkeypatch):
+    """Axes in that number."""
 
     def take(vectors, count):
         monkeypatch.setattr(similarity, "_NUM_AXES", (count,))
-        monkeypatch.setattr(similarity, "_COST_OF_CANDIDATE", 0)
-        return axes_of(vectors, 0.9)
+        costs(fp32=1.0)
+        return fastest(vectors, 0.9, precision="fp32")[1]
 
     return take
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("count", [1, 7, 15])
 def test_fewer_dimensions_find_the_same_pairs(
     vectors, take_axes, count, precision
@@ -147,38 +169,72 @@ def test_axes_are_orthonormal_and_products_bounded(vectors, take_axes, scale):
     assert (bounds <= exact + gap + 1e-12).all()
 
 
-def test_axes_are_taken_where_they_pay():
+def test_the_fastest_product_is_taken(costs):
     rng = np.random.default_rng(0)
 
     def rows(scales, count):
         return unit(rng.standard_normal((count, 256)) * scales)
 
+    def assert_fastest(vectors, threshold, expected, **kwargs):
+        precision, axes = fastest(vectors, threshold, **kwargs)
+        shape = None if axes is None else tuple(axes.shape)
+        assert (precision, shape) == expected
+
     even = rows(1, 500), rows(1, 2500)
-    assert axes_of(even, 0.5) is None
     # 256 dimensions, of which 40 matter.
     scales = np.where(np.arange(256) < 40, 1, 0.01)
     few = rows(scales, 500), rows(scales, 2500)
-    assert axes_of(few, 0.7).shape == (256, 63)
-    # But not if there is more to decide than to exclude.
-    assert axes_of(few, 0.1) is None
+    costs(fp32=1.0, bf16=2.0, int8=0.25, decision=1e4)
+    assert_fastest(even, 0.5, ("int8", None))
+    assert_fastest(few, 0.7, ("int8", (256, 63)))
+    assert_fastest(few, 0.7, ("fp32", (256, 63)), precision="fp32")
+    # But not if the others matter too, for then nearly all is to decide,
+    scales = np.where(np.arange(256) < 40, 1, 0.3)
+    more = rows(scales, 500), rows(scales, 2500)
+    assert_fastest(more, 0.4, ("fp32", None), precision="fp32")
+    # which rounding makes more,
+    costs(fp32=1.0, bf16=2.0, int8=0.25, decision=1e5)
+    assert_fastest(few, 0.3, ("fp32", (256, 63)))
+    assert_fastest(few, np.inf, ("int8", (256, 63)))
+    # nor if preparing them takes longer,
+    costs(fp32=1.0, bf16=2.0, int8=0.25, preparing=1e8)
+    assert_fastest(few, 0.7, ("int8", None))
+    # nor if all similarities are asked for.
+    costs(fp32=1.0, bf16=0.1, int8=0.25)
+    assert_fastest(few, 0.7, ("bf16", None), with_report=True)
     few[0][7, 3] = np.nan
-    assert axes_of(few, 0.7) is None
-    assert axes_of((few[0][:0], few[1]), 0.7) is None
+    assert_fastest(few, 0.7, ("fp32", None))
+    assert_fastest((few[0][:0], few[1]), 0.7, ("fp32", None))
 
 
-def test_highest_similarity_by_fewer_dimensions(vectors, take_axes):
+def test_times_of_products_and_decisions_are_plausible(vectors):
+    """Of the same scale, whatever the machine."""
+    short, long = (
+        similarity.product_seconds(torch.float32, width) for width in (64, 2048)
+    )
+    assert 2 * short < long
+    sides = [torch.from_numpy(v).double() for v in vectors]
+    assert similarity._decision_seconds(*sides, "cpu") > short
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_highest_similarity_by_fewer_dimensions(vectors, take_axes, precision):
     low = low_rank(vectors, scale=0.5)
     naive = low[0].astype(np.float64) @ low[1].astype(np.float64).T
     tally, axes = Tally(200), take_axes(low, 3)
-    found = search(low, 0.9999, tally, audio_bs=50, text_bs=64, axes=axes)
+    found = search(
+        low, 3.0, tally, audio_bs=50, text_bs=64, axes=axes,
+        precision=precision,
+    )  # fmt: skip
     assert len(found[0]) == 0
     assert tally.highest in naive
     assert naive.max() - tally.margin <= tally.highest <= naive.max()
+    assert tally.margin < 2
     with pytest.raises(ValueError, match="A report needs all"):
         search(low, 0.9, with_report=True, axes=axes)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_pair_at_the_threshold_is_kept(vectors, naive, precision):
     rng = np.random.default_rng(0)
     for row, column in zip(rng.integers(0, 300, 40), rng.integers(0, 200, 40)):
@@ -188,7 +244,7 @@ def test_a_pair_at_the_threshold_is_kept(vectors, naive, precision):
             assert_pairs(found, naive, limit)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("threshold", [-2.0, -0.2, -1e-9, 0.0, 1e-9])
 def test_low_thresholds(vectors, naive, threshold, precision):
     found = search(vectors, threshold, precision=precision)
@@ -218,7 +274,7 @@ def test_fp32_vectors_are_put_on_the_grid():
     grid = [
         np.rint(v.astype(np.float64) * 2**24) / 2**24 for v in (audio, text)
     ]
-    for precision in ("fp32", "bf16"):
+    for precision in PRECISIONS:
         found = search((audio, text), THRESHOLD, precision=precision)
         assert_pairs(found, grid[0] @ grid[1].T, THRESHOLD)
     shuffled = rng.permutation(audio.shape[1])
@@ -254,11 +310,11 @@ def test_fp32_products_that_ignore_bits(vectors, setting, bits):
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_many_pairs_come_in_parts(vectors, naive, monkeypatch, precision):
     expected, tally = Tally(200), Tally(200)
     search(vectors, 0.1, expected, with_report=True, precision=precision)
-    monkeypatch.setattr(similarity, "_MAX_CANDIDATES", 500)
+    monkeypatch.setattr(similarity, "_MAX_PAIRS", 500)
     audio, text = vectors
     batches = list(
         pairs_over(
@@ -279,26 +335,34 @@ def test_many_pairs_come_in_parts(vectors, naive, monkeypatch, precision):
     assert len(rows) == len(set(rows.tolist()))
     found = tuple(np.concatenate(part) for part in zip(*batches))
     assert_pairs(found, naive, 0.1)
+    # Each block has its own unit of int8, by which fast counts differ a bit.
+    start = 110 if precision == "int8" else 0
     for name, counts in expected.curves().items():
-        np.testing.assert_array_equal(tally.curves()[name], counts)
+        found = tally.curves()[name]
+        np.testing.assert_array_equal(found[start:], counts[start:])
 
 
-def test_texts_are_read_again_only_without_room(vectors, naive, monkeypatch):
-    for room, reads in ((similarity._CACHE_BYTES, 5), (0, 15)):
-        monkeypatch.setattr(similarity, "_CACHE_BYTES", room)
-        blocks = []
+@pytest.mark.parametrize("room, expected", [
+    (similarity._CACHE_BYTES, [0, 40, 80, 120, 160]),
+    (80 * 64 * 4, [0, 40, 80, 120, 160] + 2 * [80, 120, 160]),
+    (0, 3 * [0, 40, 80, 120, 160]),
+])  # fmt: skip
+def test_texts_are_prepared_again_only_without_room(
+    vectors, naive, monkeypatch, room, expected
+):
+    monkeypatch.setattr(similarity, "_CACHE_BYTES", room)
+    begins = []
 
-        def text_block(begin, end, blocks=blocks):
-            blocks.append(begin)
-            return vectors[1][begin:end]
+    def noted(vectors, begin, dtype, device, kind, axes):
+        if kind == "text":
+            begins.append(begin)
+        return prepare(vectors, begin, dtype, device, kind, axes)
 
-        batches = pairs_over(
-            lambda begin, end: vectors[0][begin:end], 300, text_block, 200,
-            THRESHOLD, audio_bs=100, text_bs=40,
-        )  # fmt: skip
-        found = tuple(np.concatenate(part) for part in zip(*batches))
-        assert_pairs(found, naive, THRESHOLD)
-        assert len(blocks) == 1 + reads  # one row tells the width
+    prepare = similarity._prepare
+    monkeypatch.setattr(similarity, "_prepare", noted)
+    found = search(vectors, THRESHOLD, audio_bs=100, text_bs=40)
+    assert_pairs(found, naive, THRESHOLD)
+    assert begins == expected
 
 
 def naive_curves(values, edges):
@@ -326,11 +390,17 @@ def test_curves_of_fp32_are_those_of_a_naive_product(naive, vectors, threshold):
     assert tally.highest == naive.max()
 
 
-def test_curves_of_bf16_keep_their_promise(naive, vectors):
+@pytest.mark.parametrize("precision, least, most, share", [
+    # What bf16 rounds together is spread over the bins.
+    ("bf16", 0.0065, 0.01, 0.004), ("int8", 0.02, 0.03, 0.0015),
+])  # fmt: skip
+def test_fast_curves_keep_their_promise(
+    naive, vectors, precision, least, most, share
+):
     tally = Tally(200)
-    search(vectors, 0.5, tally, with_report=True, precision="bf16")
+    search(vectors, 0.5, tally, with_report=True, precision=precision)
     curves = tally.curves()
-    assert 0.0065 < tally.margin < 0.01
+    assert least < tally.margin < most
     exact = naive_curves(naive, EDGES)
     lower = naive_curves(naive, EDGES - tally.margin)
     upper = naive_curves(naive, EDGES + tally.margin)
@@ -339,9 +409,49 @@ def test_curves_of_bf16_keep_their_promise(naive, vectors):
         assert (counts[100:] <= lower[name][100:]).all()
         assert (counts[100:] >= upper[name][100:]).all()
     assert curves["pairs"][0] == naive.size
-    # What bf16 rounds together is spread over the bins.
     error = np.abs(curves["pairs"] - exact["pairs"])
-    assert error.max() < 0.004 * naive.size
+    assert error.max() < share * naive.size
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_curves_of_vectors_that_are_not_of_unit_norm(vectors, precision):
+    audio, text = (v[:7].astype(np.float64) for v in vectors)
+    text[:5] = np.array([[1.9], [1.9], [-1.9], [-0.3], [0.2]]) * audio[:5]
+    text = text.astype(np.float16)
+    audio = (1.9 * audio).astype(np.float16)
+    tally = Tally(7)
+    search((audio, text), np.inf, tally, with_report=True, precision=precision)
+    naive = audio.astype(np.float64) @ text.T.astype(np.float64)
+    assert naive.max() > 3.5 and naive.min() < -1
+    # The first bin and the last take what is beyond them.
+    expected = [(np.maximum(naive, -1) >= edge).sum() for edge in EDGES]
+    error = np.abs(tally.curves()["pairs"] - expected)
+    assert error.max() <= (0 if precision == "fp32" else 1)
+
+
+@pytest.fixture
+def forgotten():
+    similarity._int8_is_exact.cache_clear()
+    yield
+    similarity._int8_is_exact.cache_clear()
+
+
+def test_int8_is_refused_where_sums_saturate(vectors, monkeypatch, forgotten):
+    """As on processors without VNNI: pairs of unsigned times signed numbers."""
+    assert similarity._int8_is_exact()
+    similarity._int8_is_exact.cache_clear()
+
+    def saturated(audio, text, scratch):
+        audio, text = (audio.int() + 128)[:, None], text.int()[None]
+        products = audio * text
+        sums = products[..., 0::2] + products[..., 1::2]
+        sums = sums.clamp(-(2**15), 2**15 - 1).sum(-1)
+        return (sums - 128 * text.sum(-1)).int()
+
+    monkeypatch.setattr(similarity, "_product", saturated)
+    with pytest.raises(ValueError, match="precision=int8: give one of bf16"):
+        search(vectors, THRESHOLD, precision="int8")
+    assert similarity._precisions("auto", "cpu") == ["bf16", "fp32"]
 
 
 def test_without_a_report_only_pairs_count(naive, vectors):
@@ -353,7 +463,7 @@ def test_without_a_report_only_pairs_count(naive, vectors):
     assert (pairs[:150] == exact[150]).all()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_highest_similarity_without_a_pair(naive, vectors, precision):
     tally = Tally(200)
     found = search(
@@ -412,9 +522,11 @@ def test_keep_best_takes_the_lower_row_of_equals():
     assert len(keep_best(groups[:0], others[:0], values[:0], 3)) == 0
 
 
-def test_zero_vectors_and_nothing_at_all(vectors):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_zero_vectors_and_nothing_at_all(vectors, precision):
     zero = np.zeros((2, 64), np.float16)
-    assert len(search((vectors[0], zero), 0.1)[0]) == 0
+    found = search((vectors[0], zero), 0.1, precision=precision)
+    assert len(found[0]) == 0
     for audio, text in ((zero[:0], zero), (zero, zero[:0])):
         batches = pairs_over(
             lambda b, e, a=audio: a[b:e], len(audio),
@@ -432,7 +544,7 @@ def test_vectors_of_no_bounded_norm_are_refused(vectors, value):
 
 
 def test_wrong_arguments(vectors):
-    with pytest.raises(ValueError, match="precision=fp16: give one of auto"):
+    with pytest.raises(ValueError, match="precision=fp16: give one of .*fp32"):
         search(vectors, THRESHOLD, precision="fp16")
     with pytest.raises(ValueError, match="Block sizes"):
         search(vectors, THRESHOLD, audio_bs=0)
