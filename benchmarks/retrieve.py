@@ -242,13 +242,12 @@ def main(argv):
     if args.side:
         run_side(args.side, args.folder, args.threshold)
         return None
-    rows = [
-        row
-        for spectrum in SPECTRA
-        for row in measure(spectrum, args.audio, args.text, args.runs)
-    ]
     print(machine())
-    show(rows)
+    rows = []
+    for spectrum in SPECTRA:
+        found = measure(spectrum, args.audio, args.text, args.runs)
+        show(found)
+        rows += found
     return rows
 
 

@@ -80,7 +80,7 @@ _TEXT_ROWS = {"cpu": 1024, "cuda": 4096}
 _CACHE_BYTES = 192 * 2**20  # of text blocks on a CPU
 _MAX_PAIRS = 2**20  # of one block of audio rows with all texts
 _PAIRS_AT_ONCE = {"cpu": 256, "cuda": 2**16}  # rows that a cache holds
-_GROUP = 256  # similarities of which only the highest is looked at first
+_GROUP = 64  # similarities of which only the highest is looked at first
 _SAMPLE_ROWS = 2048  # of each side, to choose a fast product
 # Axes to try; with the residual a multiple of 16.
 _NUM_AXES = (63, 127, 255, 511)
@@ -389,6 +389,7 @@ def pairs_over(
     if not n_audio or not n_text:
         return
     kind = torch.device(device).type
+    width = np.asarray(text_block(0, 1)).shape[1]
     text_bs = _TEXT_ROWS[kind] if text_bs is None else text_bs
     audio_bs, text_bs = (min(n, _MAX_ROWS[kind]) for n in (audio_bs, text_bs))
     axes = None if axes is None else axes.to(device)
@@ -397,14 +398,15 @@ def pairs_over(
         rows = _prepare(
             text_block(begin, end), begin, dtype, device, "text", axes
         )
-        if kind == "cpu":
-            # Read again for a few rows, which costs less than the memory.
+        if not fits:
+            # Reading it again for a few rows costs less than preparing it.
             rows.exact = lambda: _on_grid(text_block(begin, end), device)
         return rows
 
     room = _CACHE_BYTES
     if kind == "cuda":
         room = torch.cuda.mem_get_info(device)[0] // 4
+    fits = n_text * width * 8 <= room  # both kinds of numbers, 4 bytes at most
     texts = _Blocks(read_text, n_text, text_bs, room)
     scratch = _Scratch()
     for begin in range(0, n_audio, audio_bs):
@@ -636,17 +638,17 @@ def _on_grid(vectors, device):
 
 def _rounded(whole, dtype):
     """Vectors in the fast format, its unit, the largest norm of the loss."""
-    unit = 1.0
     if dtype == torch.int8:
-        unit = (whole.abs().amax().item() or 1.0) / 127
-        fast = (whole / unit).round_().to(dtype)
-    else:
-        fast = whole.to(dtype)
+        low, high = (end.item() for end in torch.aminmax(whole))
+        unit = (max(-low, high) or 1.0) / 127
+        steps = (whole / unit).round_()
+        fast = steps.to(dtype)
+        return fast, unit, _largest_norm(steps.mul_(-unit).add_(whole))
+    fast = whole.to(dtype)
     if dtype == torch.float32:
         # Bits that the product may ignore are cleared, and their loss counted.
         fast = (fast.view(torch.int32) & -(2 ** _ignored_bits())).view(dtype)
-    lost = torch.sub(whole, fast.to(whole.dtype), alpha=unit)
-    return fast, unit, _largest_norm(lost)
+    return fast, 1.0, _largest_norm(whole - fast.to(whole.dtype))
 
 
 def _largest_norm(vectors):
