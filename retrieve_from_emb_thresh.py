@@ -47,6 +47,7 @@ from curation.similarity import (
     fastest_product,
     keep_best,
     pairs_over,
+    precisions,
 )
 from files import write_json, written_whole
 
@@ -328,7 +329,7 @@ def check_settings(hparams, device):
     names = ["audio_bs", "max_pairs", "target_pairs", *limits]
     experiment.check_numbers(hparams, names, 1, whole=True)
     precision = hparams["search_precision"]
-    choices = ["auto", "fp32", "bf16", "int8" if device == "cpu" else "fp16"]
+    choices = ["auto", *precisions(device)]
     if precision not in choices:
         raise SystemExit(
             f"--search_precision={precision}: give one of {', '.join(choices)}"

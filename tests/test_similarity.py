@@ -451,7 +451,7 @@ def test_int8_is_refused_where_sums_saturate(vectors, monkeypatch, forgotten):
     monkeypatch.setattr(similarity, "_product", saturated)
     with pytest.raises(ValueError, match="precision=int8: give one of bf16"):
         search(vectors, THRESHOLD, precision="int8")
-    assert similarity._precisions("auto", "cpu") == ["bf16", "fp32"]
+    assert similarity.precisions("cpu") == ["bf16", "fp32"]
 
 
 def test_without_a_report_only_pairs_count(naive, vectors):
@@ -544,8 +544,15 @@ def test_vectors_of_no_bounded_norm_are_refused(vectors, value):
 
 
 def test_wrong_arguments(vectors):
-    with pytest.raises(ValueError, match="precision=fp16: give one of .*fp32"):
-        search(vectors, THRESHOLD, precision="fp16")
+    for precision in ("fp16", "auto"):
+        with pytest.raises(
+            ValueError, match=f"{precision}: give one of .*fp32"
+        ):
+            search(vectors, THRESHOLD, precision=precision)
+    with pytest.raises(ValueError, match="fp16: give one of .*fp32"):
+        fastest(vectors, THRESHOLD, precision="fp16")
+    with pytest.raises(ValueError, match="computed on cpu or cuda"):
+        fastest(vectors, THRESHOLD, device="meta")
     with pytest.raises(ValueError, match="Block sizes"):
         search(vectors, THRESHOLD, audio_bs=0)
     with pytest.raises(ValueError, match="not a number"):
