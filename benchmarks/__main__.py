@@ -19,11 +19,11 @@ import time
 
 from benchmarks.measure import PRECISIONS, Row, machine, product_speed, table
 
-# Together under 15 minutes on two cores.
+# Together about 15 minutes on two cores.
 COMMANDS = {
     "step": ["--batch", "16", "--steps", "2"],
     "embed": ["--captions", "256", "--clips", "48", "--runs", "1"],
-    "loading": ["--files", "8", "--runs", "2"],
+    "loading": ["--files", "6", "--runs", "2"],
     "retrieve": ["--audio", "40000", "--runs", "1"],
     "writing": ["--pairs", "500000", "--runs", "3"],
     "startup": ["--runs", "1"],
