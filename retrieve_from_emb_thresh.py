@@ -431,6 +431,21 @@ def retrieve(audio, text, hparams, run_opts):
 
     def search(threshold, with_report, kinds=None, per_audio=None, most=None):
         first, last = share_of(len(audio), hparams["audio_bs"])
+        precision, axes = fastest_product(
+            audio.block,
+            len(audio),
+            text.block,
+            len(text),
+            threshold,
+            with_report,
+            hparams["search_precision"],
+            run_opts["device"],
+        )
+        logger.info(
+            "Products are in %s%s; the pairs do not depend on it",
+            precision,
+            "" if axes is None else f", {axes.shape[1] + 1} dimensions",
+        )
         with tqdm(
             total=last - first,
             unit="clip",
@@ -443,21 +458,6 @@ def retrieve(audio, text, hparams, run_opts):
                 return audio.block(first + begin, first + end)
 
             own = Tally(len(text))
-            precision, axes = fastest_product(
-                audio.block,
-                len(audio),
-                text.block,
-                len(text),
-                threshold,
-                with_report,
-                hparams["search_precision"],
-                run_opts["device"],
-            )
-            logger.info(
-                "Products are in %s%s; the pairs do not depend on it",
-                precision,
-                "" if axes is None else f", {axes.shape[1] + 1} dimensions",
-            )
             batches = pairs_over(
                 audio_block,
                 last - first,
