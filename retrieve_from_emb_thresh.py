@@ -35,7 +35,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from speechbrain.utils.distributed import (
+    ddp_barrier,
+    ddp_broadcast,
+    if_main_process,
+)
 from tqdm import tqdm
 
 import experiment
@@ -431,21 +435,24 @@ def retrieve(audio, text, hparams, run_opts):
 
     def search(threshold, with_report, kinds=None, per_audio=None, most=None):
         first, last = share_of(len(audio), hparams["audio_bs"])
-        precision, axes = fastest_product(
-            audio.block,
-            len(audio),
-            text.block,
-            len(text),
-            threshold,
-            with_report,
-            hparams["search_precision"],
-            run_opts["device"],
-        )
-        logger.info(
-            "Products are in %s%s; the pairs do not depend on it",
-            precision,
-            "" if axes is None else f", {axes.shape[1] + 1} dimensions",
-        )
+        chosen = None
+        if is_main:
+            chosen = fastest_product(
+                audio.block,
+                len(audio),
+                text.block,
+                len(text),
+                threshold,
+                with_report,
+                hparams["search_precision"],
+                run_opts["device"],
+            )
+            logger.info(
+                "Products are in %s%s; the pairs do not depend on it",
+                chosen[0],
+                "" if chosen[1] is None else f", {chosen[1].shape[1]} axes",
+            )
+        precision, axes = ddp_broadcast(chosen, src=0)
         with tqdm(
             total=last - first,
             unit="clip",

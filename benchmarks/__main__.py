@@ -17,7 +17,7 @@ import re
 import sys
 import time
 
-from benchmarks.measure import PRECISIONS, Row, machine, product_speed, table
+from benchmarks.measure import Row, machine, precisions, product_speed, table
 
 # Together about 15 minutes on two cores.
 COMMANDS = {
@@ -55,7 +55,7 @@ def main(argv):
     for name in names:
         print(f"\nbenchmarks.{name} {' '.join(COMMANDS[name])}", flush=True)
         # A virtual machine's speed changes from hour to hour.
-        products = {p: product_speed(p) for p in PRECISIONS}
+        products = {p: product_speed(p) for p in precisions()}
         module = importlib.import_module(f"benchmarks.{name}")
         rows = module.main(COMMANDS[name])
         record["benchmarks"][name] = {

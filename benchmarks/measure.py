@@ -10,7 +10,6 @@ import time
 
 import torch
 
-PRECISIONS = ("fp32", "bf16", "int8")
 # The allocator's setting of experiment.keep_freed_memory, for any process.
 KEEPING = {
     "MALLOC_MMAP_MAX_": "0",
@@ -47,6 +46,11 @@ def in_process(module, arguments, environment=None):
 def device():
     """Where a side computes."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def precisions():
+    """Formats of products there that the scripts may use."""
+    return ("fp32", "bf16") if device() == "cuda" else ("fp32", "bf16", "int8")
 
 
 def peak_memory():

@@ -32,13 +32,13 @@ import torch
 
 from benchmarks.measure import (
     KEEPING,
-    PRECISIONS,
     Row,
     device,
     in_process,
     machine,
     median,
     peak_memory,
+    precisions,
     product_speed,
     show,
 )
@@ -207,7 +207,7 @@ def measure(spectrum, n_audio, n_text, times):
                 stem = stem.get(name, "audioset_insper_duv2_curation")
                 pairs[side] = pairs_of(f"{folder}/{stem}.csv")
     flop = 2 * n_audio * n_text * SIZE
-    speeds = {name: product_speed(name) for name in PRECISIONS}
+    speeds = {name: product_speed(name) for name in precisions()}
     fastest = max(speeds, key=speeds.get)
     seconds = {side: median(r, "seconds") for side, r in runs.items()}
     rows = []

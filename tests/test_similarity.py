@@ -207,14 +207,27 @@ def test_the_fastest_product_is_taken(costs):
     assert_fastest((few[0][:0], few[1]), 0.7, ("fp32", None))
 
 
-def test_times_of_products_and_decisions_are_plausible(vectors):
-    """Of the same scale, whatever the machine."""
-    short, long = (
-        similarity.product_seconds(torch.float32, width) for width in (64, 2048)
-    )
-    assert 2 * short < long
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_times_are_those_of_a_similarity(vectors, monkeypatch, precision):
+    """A product of 1024 by 1024 and 1024 decisions, of a tick each."""
+    clock = itertools.count()
+    monkeypatch.setattr(similarity.time, "perf_counter", clock.__next__)
+    dtype = similarity._PRECISIONS[precision]
+    assert similarity.product_seconds(dtype, 64) == 2.0**-20
     sides = [torch.from_numpy(v).double() for v in vectors]
-    assert similarity._decision_seconds(*sides, "cpu") > short
+    assert similarity._decision_seconds(*sides, "cpu") == 2.0**-10
+
+
+def test_nothing_is_timed_without_a_choice(vectors, monkeypatch):
+    monkeypatch.setattr(similarity, "product_seconds", None)
+    way = fastest(vectors, 0.5, precision="bf16", with_report=True)
+    assert way == ("bf16", None)
+
+
+def test_counting_leaves_the_number_of_threads(vectors):
+    before = torch.get_num_threads()
+    search(vectors, 0.5, Tally(200), with_report=True)
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
