@@ -260,18 +260,16 @@ def text_hash(texts):
     digest = hashlib.sha256()
     for text in texts:
         encoded = text.encode("utf-8", "surrogateescape")
-        digest.update(b"%d:" % len(encoded) + encoded)
+        digest.update(b"%d:%b" % (len(encoded), encoded))
     return digest.hexdigest()
 
 
 def manifest_hash(manifest):
     """Hash of what the rows are embeddings of: captions, or path and start."""
     if "caption" in manifest:
-        return text_hash(manifest["caption"])
-    return text_hash(
-        f"{path}\n{start!r}"
-        for path, start in zip(manifest["wav_path"], manifest["start"])
-    )
+        return text_hash(manifest["caption"].tolist())
+    paths, starts = manifest["wav_path"].tolist(), manifest["start"].tolist()
+    return text_hash(f"{p}\n{start!r}" for p, start in zip(paths, starts))
 
 
 class EmbeddingWriter:
