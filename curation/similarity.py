@@ -63,6 +63,8 @@ import time
 import numpy as np
 import torch
 
+from curation import kernels
+
 GRID = 2.0**24  # steps in 1
 EDGES = np.arange(-100, 101) / 100  # lower ends of the histogram's bins
 _MAX_NORM = 2.0
@@ -79,8 +81,7 @@ _MAX_ROWS = {"cpu": 4096, "cuda": 16384}
 _TEXT_ROWS = {"cpu": 1024, "cuda": 4096}
 _CACHE_BYTES = 192 * 2**20  # of text blocks on a CPU
 _MAX_PAIRS = 2**20  # of one block of audio rows with all texts
-_PAIRS_AT_ONCE = {"cpu": 256, "cuda": 2**16}  # rows that a cache holds
-_GROUP = 64  # similarities of which only the highest is looked at first
+_PAIRS_AT_ONCE = 2**16  # of which a GPU gathers the rows
 _SAMPLE_ROWS = 2048  # of each side, to choose a fast product
 # Axes to try; with the residual a multiple of 16.
 _NUM_AXES = (63, 127, 255, 511)
@@ -216,6 +217,11 @@ class _Rows:
     norm: float
     exact: torch.Tensor | collections.abc.Callable
 
+    @functools.cached_property
+    def whole(self):
+        """float32 of `exact`."""
+        return self.exact.float()
+
     def __len__(self):
         """Number of rows."""
         return len(self.fast)
@@ -252,8 +258,11 @@ class _Seen:
             # negative ones stay below; no curve asks for more.
             best = [_from_bits(bits.max(axis=axis)) for axis in (1, 0)]
         else:
-            best = [unit * product.amax(dim).cpu().numpy() for dim in (1, 0)]
-            counts = _binned_fast(product, unit, scratch)
+            counts, *best = (
+                _binned_on_gpu(product, unit, scratch)
+                if product.is_cuda
+                else _binned_on_cpu(product, unit, scratch)
+            )
             self.bins = counts if self.bins is None else self.bins + counts
         np.maximum(self.best, best[0], out=self.best)
         self.text_best.append((text_begin, best[1]))
@@ -268,35 +277,39 @@ class _Scratch:
 
     def __init__(self):
         self.buffers = {}
-        # PyTorch counts in one thread, but does not hold others up, if these
-        # do not start threads of their own.
-        self.num_threads = torch.get_num_threads()
+        # Kernels run in one thread, and PyTorch counts in one, but do not hold
+        # others up, if these do not start threads of their own. A product does
+        # not take as long as it takes Python to start many.
+        self.num_threads = min(torch.get_num_threads(), 8)
         self.pool = concurrent.futures.ThreadPoolExecutor(
             self.num_threads,
             initializer=torch.set_num_threads,
             initargs=(1,),
         )
 
-    def take(self, dtype, shape, device):
-        """An uninitialised tensor, valid until the next of its dtype."""
+    def take(self, dtype, shape, device, use=None):
+        """An uninitialised tensor, valid until the next of its kind."""
         size = math.prod(shape)
-        buffer = self.buffers.get(dtype)
+        buffer = self.buffers.get((dtype, use))
         if buffer is None or len(buffer) < size:
             buffer = torch.empty(size, dtype=dtype, device=device)
-            self.buffers[dtype] = buffer
+            self.buffers[dtype, use] = buffer
         return buffer[:size].view(shape)
+
+    def shared(self, function, count):
+        """Results of a function of slices of 0..count, one for each thread."""
+        ends = np.linspace(0, count, self.num_threads + 1).astype(int)
+        return list(self.pool.map(function, map(slice, ends, ends[1:])))
 
     def counted(self, values, size):
         """Counts (size,) of the int32 numbers of a tensor."""
-
-        def count(part):
-            return torch.bincount(part, minlength=size)
-
         flat = values.view(-1)
         if values.is_cuda:
-            return count(flat).cpu().numpy()
-        parts = flat.chunk(self.num_threads)
-        return sum(self.pool.map(count, parts)).numpy()
+            return torch.bincount(flat, minlength=size).cpu().numpy()
+        counts = self.shared(
+            lambda part: torch.bincount(flat[part], minlength=size), len(flat)
+        )
+        return sum(counts).numpy()
 
 
 class _Blocks:
@@ -579,11 +592,11 @@ def _pairs_of(rows, texts, tally, with_report, scratch):
     for block in texts:
         product = _product(rows.fast, block.fast, scratch)
         unit, margin = rows.unit * block.unit, _margin(rows, block)
-        flat = _reaching(product, (tally.threshold - margin) / unit)
+        flat = _reaching(product, (tally.threshold - margin) / unit, scratch)
         tally.margin = max(tally.margin, margin + _output_rounding(product))
         if tally.highest < tally.threshold and not len(flat):
             best = np.array([_argmax(product)])
-            highest = _exact_of(rows, block, best)[2].item()
+            highest = _exact_of(rows, block, best, scratch)[2].item()
             tally.highest = max(tally.highest, highest)
             if rows.fast.shape != rows.exact.shape:
                 # Bounds may exceed the similarities by more than the margin.
@@ -591,7 +604,7 @@ def _pairs_of(rows, texts, tally, with_report, scratch):
                 tally.margin = max(tally.margin, bound - highest)
         if with_report:
             seen.add(product, unit, block.begin, scratch)
-        audio, text, similarities = _exact_of(rows, block, flat)
+        audio, text, similarities = _exact_of(rows, block, flat, scratch)
         tally.highest = similarities.max(initial=tally.highest)
         keep = similarities >= tally.threshold
         found.append((audio[keep], text[keep], similarities[keep]))
@@ -706,7 +719,8 @@ def product_seconds(dtype, width, device="cpu"):
     scratch = _Scratch()
 
     def run():
-        _reaching(_product(matrix, matrix, scratch), 2.0 * 127**2 * width)
+        product = _product(matrix, matrix, scratch)
+        _reaching(product, 2.0 * 127**2 * width, scratch)
 
     return _least_seconds(run) / 1024**2
 
@@ -714,14 +728,11 @@ def product_seconds(dtype, width, device="cpu"):
 def _decision_seconds(audio, text, device):
     """Time that the exact similarity of a candidate takes."""
     sides = [_on_grid(side[:1024].half(), device) for side in (audio, text)]
-    rows = [np.arange(1024) % len(side) for side in sides]
-
-    def run():
-        for begin in range(0, 1024, 256):
-            part = slice(begin, begin + 256)
-            _dots(sides[0], rows[0][part], sides[1], rows[1][part])
-
-    return _least_seconds(run) / 1024
+    audio, text = (_Rows(0, side, 1.0, 0.0, 1.0, side) for side in sides)
+    flat = np.arange(1024) * len(audio) // 1024 * len(text)
+    flat += np.arange(1024) % len(text)
+    scratch = _Scratch()
+    return _least_seconds(lambda: _exact_of(audio, text, flat, scratch)) / 1024
 
 
 def _least_seconds(run):
@@ -766,7 +777,7 @@ def _output_rounding(product):
     return 2.0**-8 if product.dtype == torch.bfloat16 else 0.0
 
 
-def _reaching(product, limit):
+def _reaching(product, limit, scratch):
     """Flat indices of values that reach the limit, or would but for rounding.
 
     Arguments
@@ -775,6 +786,7 @@ def _reaching(product, limit):
         (audio rows, texts).
     limit : float
         In the product's unit.
+    scratch : _Scratch
 
     Returns
     -------
@@ -783,25 +795,31 @@ def _reaching(product, limit):
     if product.dtype == torch.int32:
         ends = torch.iinfo(torch.int32)
         limit = math.floor(min(max(limit, ends.min), ends.max))
+    # Integers of positive numbers' bits have the numbers' order, those of
+    # negative numbers are negative; they are compared faster.
     if product.dtype == torch.bfloat16:
         limit = _bf16_below(limit)
         if limit > 0:
-            # Integers of positive numbers' bits have the numbers' order, those
-            # of negative numbers are negative; they are compared faster.
             limit = limit.view(torch.int16).item()
             product = product.view(torch.int16)
         else:
             product, limit = product.float(), limit.item()
-    flat = product.view(-1)
-    if product.is_cuda:
-        return torch.nonzero(flat >= limit)[:, 0].cpu().numpy()
-    # Nearly all groups are below as a whole.
-    end = len(flat) // _GROUP * _GROUP
-    groups = flat[:end].view(-1, _GROUP)
-    hits = torch.nonzero(groups.amax(1) >= limit)[:, 0]
-    rows, columns = torch.nonzero(groups[hits] >= limit).unbind(1)
-    rest = torch.nonzero(flat[end:] >= limit)[:, 0]
-    return torch.cat([_GROUP * hits[rows] + columns, end + rest]).numpy()
+    if product.dtype == torch.float32 and limit > 0:
+        limit = torch.tensor(limit, dtype=torch.float32)
+        limit = limit.view(torch.int32).item()
+        product = product.view(torch.int32)
+    if product.is_cuda or product.dtype == torch.float32:
+        return torch.nonzero(product.view(-1) >= limit)[:, 0].cpu().numpy()
+    values, columns = product.numpy(), product.shape[1]
+    limit = values.dtype.type(limit)
+    hits = scratch.take(torch.int32, product.shape, "cpu", "hits").numpy()
+
+    def reaching(rows):
+        flat = hits[rows].reshape(-1)
+        count = kernels.reaching(values[rows], limit, flat)
+        return flat[:count] + np.int64(rows.start * columns)
+
+    return np.concatenate(scratch.shared(reaching, len(values)))
 
 
 def _bf16_below(value):
@@ -823,7 +841,7 @@ def _argmax(product):
     return bits.argmax() if bits.max() >= 0 else bits.argmin()
 
 
-def _exact_of(rows, block, flat):
+def _exact_of(rows, block, flat, scratch):
     """Exact similarities of candidates.
 
     Arguments
@@ -842,26 +860,35 @@ def _exact_of(rows, block, flat):
     similarities = np.empty(len(flat))
     if len(flat):
         exact = block.exact() if callable(block.exact) else block.exact
-        step = _PAIRS_AT_ONCE[exact.device.type]
-        for begin in range(0, len(flat), step):
-            part = slice(begin, begin + step)
-            similarities[part] = _dots(
-                rows.exact, audio[part], exact, text[part]
-            )
+        dots = _dots_on_gpu if exact.is_cuda else _dots_on_cpu
+        dots(rows, audio, exact, text, similarities, scratch)
     return rows.begin + audio, block.begin + text, similarities
 
 
-def _dots(a, a_rows, b, b_rows):
-    """float64 dot products of gathered rows."""
-    # fp32 holds the product of two fp16 numbers exactly, 22 bits.
-    halves = a.dtype == b.dtype == torch.float16
-    dtype = torch.float32 if halves else torch.float64
-    a, b = (
-        side.index_select(0, torch.as_tensor(rows, device=side.device))
-        for side, rows in ((a, a_rows), (b, b_rows))
-    )
-    products = a.to(dtype).mul_(b.to(dtype))
-    return products.sum(dim=1, dtype=torch.float64).cpu().numpy()
+def _dots_on_cpu(rows, audio, exact, text, out, scratch):
+    """float64 dot products of pairs of rows."""
+    whole = exact
+    if exact.dtype != torch.float32:
+        shape = exact.shape
+        whole = scratch.take(torch.float32, shape, "cpu", "text").copy_(exact)
+    sides = rows.whole.numpy(), whole.numpy()
+
+    def dots(part):
+        kernels.dots(*sides, audio[part], text[part], out[part])
+
+    scratch.shared(dots, len(out))
+
+
+def _dots_on_gpu(rows, audio, exact, text, out, scratch):
+    """The same, of gathered rows."""
+    for begin in range(0, len(out), _PAIRS_AT_ONCE):
+        part = slice(begin, begin + _PAIRS_AT_ONCE)
+        a, b = (
+            side.index_select(0, torch.as_tensor(index, device=side.device))
+            for side, index in ((rows.exact, audio[part]), (exact, text[part]))
+        )
+        products = a.double().mul_(b)
+        out[part] = products.sum(dim=1).cpu().numpy()
 
 
 def _binned(values):
@@ -870,21 +897,34 @@ def _binned(values):
     return np.bincount(bins[bins >= 0], minlength=len(EDGES))
 
 
-def _binned_fast(product, unit, scratch):
-    """The same for a whole product, which is lost; below -1 is -1."""
+def _binned_on_cpu(product, unit, scratch):
+    """The same for a product, and the highest of each row and column.
+
+    Below -1 is -1 here.
+    """
+    values = product.numpy()
+    best = values[:, 0].copy()
+
+    def count(rows):
+        counts = np.zeros(len(EDGES), np.int64)
+        best_texts = values[rows.start].copy()
+        kernels.histogram(
+            values[rows], 100 * unit, -100, counts, best[rows], best_texts
+        )
+        return counts, best_texts
+
+    counts, best_texts = zip(*scratch.shared(count, len(values)))
+    return sum(counts), unit * best, unit * np.max(best_texts, axis=0)
+
+
+def _binned_on_gpu(product, unit, scratch):
+    """The same; the product is lost."""
+    best = [unit * product.amax(dim).cpu().numpy() for dim in (1, 0)]
     shape, device = product.shape, product.device
     steps = scratch.take(torch.float32, shape, device)
     steps.copy_(product).mul_(100 * unit).floor_().clamp_(-100, 100)
-    # Two numbers of a byte each are counted at once.
-    flat = scratch.take(torch.int8, shape, device).copy_(steps).view(-1)
-    end = len(flat) // 2 * 2
-    pairs = scratch.take(torch.int32, (end // 2,), device)
-    pairs.copy_(flat[:end].view(torch.int16)).bitwise_and_(0xFFFF)
-    counts = scratch.counted(pairs, 2**16).reshape(256, 256)
-    counts = counts.sum(0) + counts.sum(1)
-    counts[flat[end:].cpu().numpy()] += 1
-    # Negative numbers are the upper half.
-    return np.roll(counts, 128)[28:229]
+    bins = scratch.take(torch.int32, shape, device).copy_(steps.add_(100))
+    return scratch.counted(bins, len(EDGES)), *best
 
 
 def _at_least(counts):

@@ -1,0 +1,113 @@
+"""The compiled loops, and what a GPU has in their place, against NumPy."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from curation import kernels, similarity
+from curation.similarity import EDGES
+
+SHAPES = [(1, 1), (3, 7), (5, 8), (40, 77)]
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(5)
+
+
+@pytest.fixture(autouse=True)
+def three_threads(monkeypatch):
+    """Tests have one, in which nothing is shared."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+
+def dots_on(side, rows, audio, exact, text):
+    """What a device's function returns, on this one."""
+    block = similarity._Rows(0, rows, 1.0, 0.0, 1.0, rows)
+    out = np.full(len(audio), np.nan)
+    dots = getattr(similarity, f"_dots_on_{side}")
+    dots(block, audio, exact, text, out, similarity._Scratch())
+    return out
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_that_reach_a_limit(rng, shape, dtype):
+    ends = np.iinfo(dtype)
+    values = rng.integers(ends.min, ends.max, shape, dtype)
+    for limit in (ends.min, -5, values[-1, -1], ends.max):
+        hits = np.full(values.size, -1, np.int32)
+        count = kernels.reaching(values, dtype(limit), hits)
+        expected = np.flatnonzero(values >= limit)
+        np.testing.assert_array_equal(hits[:count], expected)
+        assert (hits[count:] == -1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
+@pytest.mark.parametrize("limit", [-np.inf, -0.25, 0.0, 0.25, 0.6, np.inf])
+def test_what_reaches_a_limit_in_each_format(rng, dtype, limit):
+    """Bits of positive numbers are compared as integers."""
+    values = torch.from_numpy(np.round(rng.normal(0, 0.4, (33, 50)), 2))
+    if dtype == torch.int32:
+        values, limit = 1000 * values, 1000 * limit
+    values = values.to(dtype)
+    found = similarity._reaching(values, limit, similarity._Scratch())
+    # 0.6 is no bf16 number: the next one below it is the limit.
+    if dtype == torch.bfloat16 and np.isfinite(limit):
+        limit = similarity._bf16_below(limit).item()
+    flat = values.double().numpy().ravel()
+    limit = np.float32(limit) if dtype == torch.float32 else limit
+    np.testing.assert_array_equal(found, np.flatnonzero(flat >= limit))
+
+
+@pytest.mark.parametrize("side", ["cpu", "gpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_counts_and_the_highest(rng, shape, dtype, side):
+    """Also of what is below the first bin and above the last."""
+    unit = 2.0**-10 if dtype == torch.int32 else 1.0
+    # In the middle of a bin: neither way rounds it out of there.
+    steps = rng.integers(-150, 250, shape)
+    steps[0] = steps[:, 0] = -40  # a row and a column below 0
+    values = ((steps + 0.5) / 100 / unit).round(0 if unit < 1 else 6)
+    product = torch.from_numpy(values).to(dtype)
+    count = getattr(similarity, f"_binned_on_{side}")
+    bins, *best = count(product.clone(), unit, similarity._Scratch())
+    expected = np.bincount(
+        steps.clip(-100, 100).ravel() + 100, minlength=len(EDGES)
+    )
+    np.testing.assert_array_equal(bins, expected)
+    highest = [unit * product.numpy().max(axis=axis) for axis in (1, 0)]
+    for found, wanted in zip(best, highest):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("side", ["cpu", "gpu"])
+@pytest.mark.parametrize("formats", ["hh", "hf", "fh", "ff"])
+def test_dot_products_are_not_rounded(rng, side, formats):
+    """Small numbers among large ones, fp16's smallest too."""
+    kinds = {"h": torch.float16, "f": torch.float32}
+    sides = []
+    for kind in formats:
+        values = rng.normal(0, 0.2, (9, 37)) * 2.0 ** rng.integers(-15, 1, 37)
+        values = np.rint(values.clip(-0.99, 0.99) * 2**24) / 2**24
+        sides.append(torch.from_numpy(values).to(kinds[kind]))
+    audio = np.sort(rng.integers(0, 9, 40))
+    text = rng.integers(0, 9, 40)
+    found = dots_on(side, sides[0], audio, sides[1], text)
+    for value, i, j in zip(found, audio, text):
+        products = zip(sides[0][i].tolist(), sides[1][j].tolist())
+        exact = sum(Fraction(a) * Fraction(b) for a, b in products)
+        assert Fraction(float(value)) == exact
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [1, 2, 7, 64])
+def test_threads_share_all_of_it(monkeypatch, num_threads, count):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    parts = similarity._Scratch().shared(lambda part: part, count)
+    assert len(parts) == num_threads
+    rows = [row for part in parts for row in range(part.start, part.stop)]
+    assert rows == list(range(count))
