@@ -362,7 +362,7 @@ def pairs_over(
     tally : Tally
         Counts, updated on the way.
     with_report : bool
-        Whether to count all similarities too, which costs two thirds more.
+        Whether to count all similarities too, which costs a third more.
     audio_bs, text_bs : int
         Rows at a time, at most 4096 on a CPU and 16384 on a GPU. None takes
         1024 texts on a CPU and 4096 on a GPU.
