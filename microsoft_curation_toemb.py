@@ -45,6 +45,7 @@ from curation.similarity import product_seconds
 from dataset.audio import AudioError
 from dataset.pipelines import CropDataset, WindowDataset, collate_windows
 from files import read_lines, write_csv, written_whole
+from models.packed import pack_weights
 from models.zeroshot import clip_embeddings, text_embeddings
 
 logger = logging.getLogger(__name__)
@@ -151,6 +152,7 @@ class EmbeddingBrain(sb.Brain):
             hparams.save_folder,
             TEXT,
             table,
+            hparams.tokenizer.lengths,
             self.embed_text,
             hparams.text_bs,
             hparams.clap.d_proj,
@@ -209,22 +211,6 @@ def precision_of_folder(save_folder):
             if os.path.exists(path):
                 return read_record(path, ("settings",))["settings"]["precision"]
     return "auto"
-
-
-def keep_weights_in(clap, precision):
-    """Convert once the weights that autocast would convert at every batch.
-
-    Arguments
-    ---------
-    clap : models.clap.CLAP
-        Changed in place; its embeddings under autocast stay the same.
-    precision : str
-        fp32, bf16 or fp16.
-    """
-    dtype = AMPConfig.from_name(precision).dtype
-    for module in clap.modules():
-        if type(module) in (torch.nn.Linear, torch.nn.Conv2d):
-            module.to(dtype)
 
 
 def windows_of(paths, windows_per_clip, reader):
@@ -364,7 +350,8 @@ def main(argv):
     hparams["load_weights"]()
     brain.modules.eval()
     brain.weights_hash = state_hash(hparams["clap"].state_dict())
-    keep_weights_in(hparams["clap"], brain.precision)
+    dtype = AMPConfig.from_name(brain.precision).dtype
+    pack_weights(hparams["clap"], dtype)
     # Captions are read before the hours that audio takes, in case they cannot
     # be, but embedded after it: the fork of audio's loader processes gives
     # freed buffers back (experiment.keep_freed_memory), and so has few to give.

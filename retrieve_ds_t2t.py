@@ -19,6 +19,7 @@ import sys
 import numpy as np
 import speechbrain as sb
 import torch
+from speechbrain.utils.autocast import AMPConfig
 
 import experiment
 from curation.embeddings import (
@@ -31,6 +32,7 @@ from curation.embeddings import (
 )
 from dataset.prepare_zeroshot import BUILT_IN_LABELS, read_labels
 from files import read_lines
+from models.packed import pack_weights
 from models.zeroshot import class_embeddings, text_embeddings
 
 logger = logging.getLogger(__name__)
@@ -100,6 +102,7 @@ class CaptionBrain(sb.Brain):
             hparams.emb_dir,
             stem,
             table,
+            hparams.tokenizer.lengths,
             self.embed_text,
             hparams.text_bs,
             hparams.clap.d_proj,
@@ -250,6 +253,8 @@ def main(argv):
     hparams["load_weights"]()
     brain.modules.eval()
     brain.weights_hash = state_hash(hparams["clap"].state_dict())
+    dtype = AMPConfig.from_name(brain.eval_precision).dtype
+    pack_weights(hparams["clap"], dtype)
     corpus = brain.corpus(table)
     similarities = similarities_to(corpus, brain.embed_classes(texts))
     rows, classes = choose(

@@ -122,7 +122,9 @@ def ours(folder, precision):
     hparams["load_weights"]()
     brain.modules.eval()
     brain.weights_hash = "of the benchmark"
-    script.keep_weights_in(hparams["clap"], precision)
+    script.pack_weights(
+        hparams["clap"], script.AMPConfig.from_name(precision).dtype
+    )
     table = script.read_captions(hparams["text_pathfile"], "text_pathfile")
     paths = script.read_audio_list(hparams["audio_pathfile"])
     save_folder, run = hparams["save_folder"], {}

@@ -291,6 +291,9 @@ class EmbeddingWriter:
         All that the vectors depend on but for rounding; plain values.
     replaces : bool
         Whether a store of other settings gives way to this one.
+    order : str
+        Hash of the items as they are numbered here, if `list` among the
+        settings is none of that: a store in the making has it there instead.
 
     Raises
     ------
@@ -301,13 +304,22 @@ class EmbeddingWriter:
         message names those that differ.
     """
 
-    def __init__(self, folder, stem, num_items, size, settings, replaces=False):
+    def __init__(
+        self,
+        folder,
+        stem,
+        num_items,
+        size,
+        settings,
+        replaces=False,
+        order=None,
+    ):
         self.base = os.path.join(folder, stem)
         self.settings = {**settings, "size": size}
         self.replaces = replaces
-        self.finished = self._check(f"{self.base}.json") and os.path.exists(
-            f"{self.base}_embeddings.npy"
-        )
+        self.finished = self._check(
+            f"{self.base}.json", self.settings
+        ) and os.path.exists(f"{self.base}_embeddings.npy")
         record = f"{self.base}.partial.json"
         if self.finished and if_main_process():
             # Of a process that was killed while it tidied up.
@@ -315,7 +327,8 @@ class EmbeddingWriter:
         if self.finished or num_items == 0:
             return
         paths = [f"{self.base}.partial.{k}.npy" for k in ("rows", "fate", "at")]
-        if not self._check(record) and if_main_process():
+        growing = self.settings | ({} if order is None else {"list": order})
+        if not self._check(record, growing) and if_main_process():
             os.makedirs(folder, exist_ok=True)
             kinds = (
                 (np.float16, (num_items, size)),
@@ -327,19 +340,19 @@ class EmbeddingWriter:
             for path, (dtype, shape) in zip(paths, kinds):
                 np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
                 _take_space(path)
-            write_json({"settings": self.settings}, record)
+            write_json({"settings": growing}, record)
         ddp_barrier()
         self.rows, self.fate, self.at = (np.load(p, "r+") for p in paths)
 
-    def _check(self, path):
+    def _check(self, path, settings):
         """Whether a record is there, of the same settings."""
         if not os.path.exists(path):
             return False
         found = read_record(path, ("settings",))["settings"]
         different = [
-            f"{key} ({found.get(key)} there, {self.settings.get(key)} now)"
-            for key in sorted(found.keys() | self.settings.keys())
-            if found.get(key) != self.settings.get(key)
+            f"{key} ({found.get(key)} there, {settings.get(key)} now)"
+            for key in sorted(found.keys() | settings.keys())
+            if found.get(key) != settings.get(key)
         ]
         if different and self.replaces:
             logger.info("%s is replaced: %s", path, ", ".join(different))
@@ -508,6 +521,7 @@ def dump_captions(
     folder,
     stem,
     table,
+    lengths,
     encode,
     batch_size,
     size,
@@ -517,7 +531,8 @@ def dump_captions(
 ):
     """Make a store of captions.
 
-    Each distinct caption is embedded once, those of like length together.
+    Each distinct caption is embedded once. Those of as many tokens share
+    batches: by numbers of characters a quarter of all tokens would be padding.
 
     Arguments
     ---------
@@ -525,6 +540,8 @@ def dump_captions(
         Where the store goes and its name.
     table : pandas.DataFrame
         Its manifest, with a column `caption`.
+    lengths : callable
+        List of captions -> the number of tokens of each.
     encode : callable
         List of captions -> (captions, size) unit-norm.
     batch_size : int
@@ -538,10 +555,17 @@ def dump_captions(
     noprogressbar : bool
         Whether to show no progress.
     """
-    distinct = sorted(table["caption"].unique(), key=lambda c: (len(c), c))
+    distinct = table["caption"].unique().tolist()
+    distinct = [c for _, c in sorted(zip(lengths(distinct), distinct))]
     settings = {**settings, "list": text_hash(table["caption"])}
     writer = EmbeddingWriter(
-        folder, stem, len(distinct), size, settings, replaces
+        folder,
+        stem,
+        len(distinct),
+        size,
+        settings,
+        replaces,
+        order=text_hash(distinct),
     )
     if writer.finished:
         logger.info("%s is complete already", writer.base)

@@ -6,6 +6,9 @@ import json
 import torch
 from transformers import AutoTokenizer
 
+# Tokens of more would take memory, and are not quicker made.
+_LENGTHS_AT_ONCE = 4096
+
 
 def clean_caption(caption):
     """A caption with single spaces; punctuation and case stay."""
@@ -52,11 +55,34 @@ class CaptionTokenizer:
             input_ids, attention_mask and what else the model takes,
             (captions, longest) each.
         """
-        tokens = self.tokenizer(
+        tokens = self._tokenize(captions, padding=True, return_tensors="pt")
+        return {k: v for k, v in tokens.items() if torch.is_tensor(v)}
+
+    def lengths(self, captions):
+        """Number of tokens of each caption, without padding.
+
+        Arguments
+        ---------
+        captions : list of str
+
+        Returns
+        -------
+        list of int
+        """
+        parts = (
+            captions[i : i + _LENGTHS_AT_ONCE]
+            for i in range(0, len(captions), _LENGTHS_AT_ONCE)
+        )
+        return [
+            len(ids)
+            for part in parts
+            for ids in self._tokenize(part)["input_ids"]
+        ]
+
+    def _tokenize(self, captions, **options):
+        return self.tokenizer(
             [clean_caption(caption) for caption in captions],
-            padding=True,
             truncation=True,
             max_length=self.text_max_length,
-            return_tensors="pt",
+            **options,
         )
-        return {k: v for k, v in tokens.items() if torch.is_tensor(v)}

@@ -80,6 +80,8 @@ def embed(world, text_model, tmp_path):
             "num_workers": 0,
             "audio_bs": 4,
             "text_bs": 2,
+            # What is fastest is another one on another machine.
+            "precision": "fp32",
         } | changes
         script = "microsoft_audioset_insper_toemb"
         main(argv(script, world, text_model, **flags))
@@ -185,6 +187,7 @@ def test_killed_and_resumed_gives_the_same_bytes(
             num_workers=0,
             audio_bs=4,
             text_bs=2,
+            precision="fp32",
         )
         return subprocess.Popen(
             [sys.executable, "microsoft_curation_toemb.py", *flags],
@@ -341,7 +344,9 @@ def test_embeddings_that_are_not_finite(tmp_path):
 
     table = pd.DataFrame({"caption": ["rain", "a dog"]})
     with pytest.raises(RuntimeError, match="of 1 captions .* 'a dog'"):
-        dump_captions(tmp_path, "x", table, encode, 2, 2, {"weights": "a"})
+        dump_captions(
+            tmp_path, "x", table, words_of, encode, 2, 2, {"weights": "a"}
+        )
     assert not (tmp_path / "x.json").exists()
 
 
@@ -392,9 +397,9 @@ def test_a_resumed_run_does_not_choose_its_precision_again(embed, monkeypatch):
         )
 
     speed_up(torch.bfloat16)
-    save = embed(text_pathfile=None)
+    save = embed(text_pathfile=None, precision="auto")
     speed_up(torch.float32)
-    embed()
+    embed(precision="auto")
     for stem in ("audio_audioset", "text_insper"):
         record = json.loads((save / f"{stem}.json").read_text())
         assert record["settings"]["precision"] == "bf16"
@@ -409,18 +414,45 @@ def test_duplicates_and_totals_are_told(embed, world, capsys):
     assert "5 captions, 4 of them distinct" in printed
 
 
-def test_captions_are_encoded_once_each_the_short_ones_first(tmp_path):
-    table = pd.DataFrame({"caption": ["ccc", "a", "bb", "a", "dddd", "ccc"]})
+def words_of(captions):
+    return [len(caption.split()) for caption in captions]
+
+
+def test_captions_are_encoded_once_each_by_number_of_tokens(tmp_path):
+    captions = ["c c c", "long", "b b", "long", "d d d d", "c c c", "a"]
+    table = pd.DataFrame({"caption": captions})
     calls = []
 
     def encode(captions):
         calls.append(captions)
         return torch.tensor([[float(len(c)), 0] for c in captions])
 
-    dump_captions(tmp_path, "x", table, encode, 3, 2, {"weights": "a"})
-    assert calls == [["a", "bb", "ccc"], ["dddd"]]
+    settings = {"weights": "a"}
+    dump_captions(tmp_path, "x", table, words_of, encode, 3, 2, settings)
+    assert calls == [["a", "long", "b b"], ["c c c", "d d d d"]]
     rows = open_embeddings(tmp_path, "x").vectors[:, 0].tolist()
-    assert rows == [3, 1, 2, 1, 4, 3]
+    assert rows == [5, 4, 3, 4, 7, 5, 1]
+
+
+def test_a_store_in_the_making_of_another_order_is_not_gone_on_with(tmp_path):
+    table = pd.DataFrame({"caption": ["long", "b b", "c"]})
+
+    def dump(lengths, encode):
+        settings = {"weights": "a"}
+        dump_captions(tmp_path, "x", table, lengths, encode, 1, 2, settings)
+
+    def encode(captions):
+        if captions == ["b b"]:
+            raise KeyboardInterrupt
+        return torch.ones(1, 2)
+
+    with pytest.raises(KeyboardInterrupt):
+        dump(words_of, encode)
+    with pytest.raises(ValueError, match="partial.json is .* list"):
+        dump(lambda captions: map(len, captions), encode)
+    dump(words_of, lambda captions: 2 * torch.ones(1, 2))
+    rows = open_embeddings(tmp_path, "x").vectors[:, 0].tolist()
+    assert rows == [1, 2, 1]
 
 
 @pytest.mark.parametrize("show", [True, False])
@@ -711,22 +743,6 @@ def test_bf16_embeddings_are_close_to_those_in_fp32(embed):
         assert ((a * b).sum(axis=1) > 0.9995).all()
         record = json.loads((low / f"{stem}.json").read_text())
         assert record["settings"]["precision"] == "bf16"
-
-
-def test_weights_kept_in_bf16_change_nothing_under_autocast(tiny_clap):
-    wavs = 0.1 * torch.randn(3, 16000)
-    tokens = {"input_ids": torch.randint(5, (3, 7))}
-    found = []
-    for keep in (False, True):
-        if keep:
-            microsoft_curation_toemb.keep_weights_in(tiny_clap, "bf16")
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            found.append(tiny_clap(wavs, tokens))
-    for before, after in zip(*found):
-        assert torch.equal(before, after)
-    base = tiny_clap.audio_encoder.base
-    assert base.conv_block1.conv1.weight.dtype == torch.float32
-    assert base.conv_block1.conv2.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("fast", "precision"), [(1.0, "fp32"), (0.4, "bf16")])
