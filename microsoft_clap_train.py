@@ -140,6 +140,14 @@ class CLAPBrain(sb.Brain):
         done = min((self.optimizer_step - warmup) / (total - warmup), 1.0)
         return last + (first - last) * (1 + math.cos(math.pi * done)) / 2
 
+    def check_gradients(self):
+        """As SpeechBrain's, which takes long, if there is anything to find."""
+        gradients = (p.grad for p in self.modules.parameters())
+        sums = [g.sum() for g in gradients if g is not None]
+        # One that is not finite shows in the sum of all.
+        if not torch.stack(sums).sum().isfinite():
+            super().check_gradients()
+
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
         """Hold the scale in range."""
         self.hparams.clap.clamp_logit_scale()

@@ -43,6 +43,8 @@ from benchmarks.measure import (
 
 HPARAMS = "hparams/insper/microsoft_clap_train.yaml"
 SAMPLES = 220500
+# Steps until the process has the memory that it keeps.
+WARM_UP = 2
 SIDES = {
     "ordinary (A)": ("ordinary", "fp32", {}),
     "ordinary (B)": ("ordinary", "fp32", KEEPING),
@@ -91,7 +93,7 @@ def ours(folder, precision, batch, steps):
         rows = torch.arange(len(wavs))
         return PairBatch(wavs, tokens, clip_ids=rows, caption_ids=rows)
 
-    data = batches_of(folder, batch, steps + 1, hparams["tokenizer"])
+    data = batches_of(folder, batch, WARM_UP + steps, hparams["tokenizer"])
     data = [pairs(*item) for item in data]
     brain.modules.eval()
     with torch.no_grad(), brain.training_ctx:
@@ -132,7 +134,7 @@ def ordinary(folder, precision, batch, steps):
         return sum(losses) / 2
 
     tokenize = padding_tokenizer(folder)
-    data = list(batches_of(folder, batch, steps + 1, tokenize))
+    data = list(batches_of(folder, batch, WARM_UP + steps, tokenize))
     clap.eval()
     with torch.no_grad():
         loss = loss_of(*data[0]).item()
@@ -147,13 +149,16 @@ def ordinary(folder, precision, batch, steps):
 
 
 def timed(step, data):
-    """Median seconds of the steps after the first, and peak memory."""
+    """Median seconds of the steps after the warm-up, and peak memory."""
     times = []
     for item in data:
         begin = synchronized()
         step(item)
         times.append(synchronized() - begin)
-    return {"seconds": statistics.median(times[1:]), "memory": peak_memory()}
+    return {
+        "seconds": statistics.median(times[WARM_UP:]),
+        "memory": peak_memory(),
+    }
 
 
 def flop_of_a_step(folder, batch):
@@ -192,7 +197,7 @@ def main(argv):
     sizes = ["--batch", str(args.batch), "--steps", str(args.steps)]
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
-        make_world(folder, args.batch * (args.steps + 1), 0)
+        make_world(folder, args.batch * (WARM_UP + args.steps), 0)
         for side, (name, precision, environment) in SIDES.items():
             flags = ["--side", name, "--folder", folder]
             flags += ["--precision", precision, *sizes]

@@ -1,5 +1,7 @@
 """Training by the real command line, on tones with captions."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -178,6 +180,26 @@ def test_wrong_settings(flags, tmp_path, key, value, message):
     torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pth")
     with pytest.raises((ValueError, OSError), match=message):
         train(flags, **{key: str(value).format(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("gradients", "kept"),
+    [
+        ([1.0, -2.0, 3.0], [True, True, True]),
+        ([1.0, math.nan, None], [True, False, None]),
+        ([math.inf, -math.inf, 3.0], [False, False, True]),
+    ],
+)
+def test_gradients_that_are_not_finite_are_dropped(gradients, kept):
+    modules = {str(i): torch.nn.Linear(2, 2, bias=False) for i in range(3)}
+    brain = microsoft_clap_train.CLAPBrain(modules, run_opts={"device": "cpu"})
+    for layer, value in zip(modules.values(), gradients):
+        if value is not None:
+            layer.weight.grad = torch.ones(2, 2)
+            layer.weight.grad[1, 0] = value
+    brain.check_gradients()
+    for layer, is_kept in zip(modules.values(), kept):
+        assert (layer.weight.grad is not None) == bool(is_kept)
 
 
 def test_unreadable_audio_is_skipped_counted_and_limited(flags, tmp_path):
