@@ -69,7 +69,11 @@ def make_world(folder, n_captions, n_clips):
     from models.weights import export_microsoft
 
     rng = np.random.default_rng(0)
-    words = [f"w{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(676)]
+    # One token each, but of as many letters as words have.
+    words = [
+        f"w{chr(97 + i // 26)}{chr(97 + i % 26)}" + i % 7 * "x"
+        for i in range(676)
+    ]
     shares = np.array(LENGTHS) / sum(LENGTHS)
     lengths = rng.choice(len(LENGTHS), n_captions, p=shares) + 2
     captions = [" ".join(rng.choice(words, length)) for length in lengths]
