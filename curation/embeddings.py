@@ -532,7 +532,7 @@ def dump_captions(
     """Make a store of captions.
 
     Each distinct caption is embedded once. Those of as many tokens share
-    batches: by numbers of characters a quarter of all tokens would be padding.
+    batches, so that next to nothing is padding.
 
     Arguments
     ---------
