@@ -434,6 +434,17 @@ def test_captions_are_encoded_once_each_by_number_of_tokens(tmp_path):
     assert rows == [5, 4, 3, 4, 7, 5, 1]
 
 
+@pytest.mark.parametrize("at_once", [2, 4096])
+def test_lengths_are_numbers_of_tokens(text_model, monkeypatch, at_once):
+    monkeypatch.setattr("dataset.text._LENGTHS_AT_ONCE", at_once)
+    tokenize = CaptionTokenizer(text_model, text_max_length=7)
+    # One is cut, and of one only [CLS] and [SEP] are left.
+    captions = ["a", "  a   a ", "a " * 10, "", "a a a"]
+    masks = tokenize(captions)["attention_mask"]
+    assert tokenize.lengths(captions) == masks.sum(dim=1).tolist()
+    assert tokenize.lengths(captions) == [3, 4, 7, 2, 5]
+
+
 def test_a_store_in_the_making_of_another_order_is_not_gone_on_with(tmp_path):
     table = pd.DataFrame({"caption": ["long", "b b", "c"]})
 
