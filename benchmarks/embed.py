@@ -162,6 +162,25 @@ class Convolved(torch.nn.Module):
             return 10 * mel.clamp(min=1e-10).log10()
 
 
+def ordinary_model(folder):
+    """The networks the ordinary way: that front end, transformers' BERT."""
+    from transformers import AutoConfig, AutoModel
+
+    from models.clap import CLAP
+    from models.weights import load_weights
+
+    clap = CLAP(f"{folder}/text_model", text_pretrained=False)
+    load_weights(clap, clap_ckpt_path=f"{folder}/clap.pth")
+    base = clap.audio_encoder.base
+    base.logmel_extractor = Convolved(base.logmel_extractor.melW)
+    # CLAP's leaves out of the last layer what it has no use for.
+    config = AutoConfig.from_pretrained(f"{folder}/text_model")
+    bert = AutoModel.from_config(config)
+    bert.load_state_dict(clap.caption_encoder.base.state_dict())
+    clap.caption_encoder.base = bert
+    return clap
+
+
 def padding_tokenizer(folder):
     """The ordinary way from captions to tokens: 100 of each."""
     from transformers import AutoTokenizer
@@ -186,15 +205,7 @@ def ordinary(folder, precision):
     dict
         Seconds of both, and the peak of memory.
     """
-    from models.clap import CLAP
-    from models.weights import load_weights
-
-    clap = CLAP(f"{folder}/text_model", text_pretrained=False)
-    load_weights(clap, clap_ckpt_path=f"{folder}/clap.pth")
-    clap.eval()
-    base = clap.audio_encoder.base
-    base.logmel_extractor = Convolved(base.logmel_extractor.melW)
-    clap.to(device())
+    clap = ordinary_model(folder).eval().to(device())
     tokenize = padding_tokenizer(folder)
     captions = pd.read_csv(f"{folder}/captions.csv")["caption"].tolist()
     with open(f"{folder}/audio.txt") as file:

@@ -28,7 +28,7 @@ import types
 import pandas as pd
 import torch
 
-from benchmarks.embed import Convolved, make_world, padding_tokenizer
+from benchmarks.embed import make_world, ordinary_model, padding_tokenizer
 from benchmarks.measure import (
     KEEPING,
     Row,
@@ -110,14 +110,7 @@ def ours(folder, precision, batch, steps):
 
 def ordinary(folder, precision, batch, steps):
     """The baseline of the docstring."""
-    from models.clap import CLAP
-    from models.weights import load_weights
-
-    clap = CLAP(f"{folder}/text_model", text_pretrained=False)
-    load_weights(clap, clap_ckpt_path=f"{folder}/clap.pth")
-    base = clap.audio_encoder.base
-    base.logmel_extractor = Convolved(base.logmel_extractor.melW)
-    clap.to(device())
+    clap = ordinary_model(folder).to(device())
     optimizer = torch.optim.Adam(clap.parameters(), lr=1e-4)
 
     def loss_of(wavs, tokens):

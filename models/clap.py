@@ -18,6 +18,8 @@ from models.cnn14 import CNN14, MIN_HOPS
 # 2103.00020, section 2.5).
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)
+# Text models of which `keep_first_token` knows the layers.
+BERTS = ("bert", "electra", "roberta", "xlm-roberta")
 
 
 class Projection(nn.Module):
@@ -77,6 +79,30 @@ class Encoder(nn.Module):
         A zero vector stays zero instead of becoming NaN.
         """
         return F.normalize(self.projection(x).float(), dim=-1)
+
+
+def keep_first_token(bert):
+    """Let the last layer of a text model compute [CLS] alone.
+
+    It attends to all tokens as before, but no other one's output is used: of
+    the layer's work on each of them nine parts in twelve need not be done, six
+    per cent of all of BERT-base.
+
+    Arguments
+    ---------
+    bert : transformers.PreTrainedModel
+        Its last hidden state becomes (batch, 1, size). Models of other kinds
+        than `BERTS` are left as they are.
+    """
+    if bert.config.model_type in BERTS:
+        # What follows the attention takes each token by itself.
+        after = bert.encoder.layer[-1].attention.output
+        after.register_forward_pre_hook(_first_token)
+
+
+def _first_token(module, inputs):
+    """The attention's output and what is added to it, of the first token."""
+    return tuple(x[:, :1] for x in inputs)
 
 
 class CLAP(nn.Module):
@@ -152,6 +178,7 @@ class CLAP(nn.Module):
         if getattr(bert, "pooler", None) is not None:
             # Its output is not used: without a gradient, DDP would wait for it.
             bert.pooler.requires_grad_(False)
+        keep_first_token(bert)
         self.audio_encoder = Encoder(
             cnn14, cnn14.embedding_size, d_proj, freeze_audio_encoder
         )

@@ -6,7 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchlibrosa
-from transformers import DistilBertConfig, DistilBertModel
+from transformers import (
+    AutoModel,
+    BertConfig,
+    DistilBertConfig,
+    DistilBertModel,
+    ElectraConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 
 from models.clap import CLAP
 from models.cnn14 import CNN14, ConvBlock, LogMel, channels_last
@@ -180,6 +188,49 @@ def test_other_text_encoders(tmp_path):
         model.encode_text(tokens), F.normalize(projected, dim=1)
     )
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "config", [BertConfig, ElectraConfig, RobertaConfig, XLMRobertaConfig]
+)
+def test_the_first_token_is_that_of_the_whole_model(config, tmp_path):
+    """With the same gradients; in the last layer nothing else is computed."""
+    torch.manual_seed(0)
+    text = AutoModel.from_config(
+        config(
+            vocab_size=30,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            pad_token_id=0,
+        )
+    ).eval()
+    text.save_pretrained(tmp_path)
+    model = CLAP(text_model=str(tmp_path), width=2, d_proj=8).eval()
+    base, shapes = model.caption_encoder.base, []
+    for layer in base.encoder.layer:
+        layer.output.register_forward_hook(
+            lambda *args: shapes.append(args[2].shape)
+        )
+    tokens = dict(
+        input_ids=torch.tensor([[2, 7, 3, 0, 0], [2, 8, 9, 11, 3]]),
+        attention_mask=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
+    )
+    hidden = text(**tokens).last_hidden_state[:, 0]
+    expected = model.caption_encoder.project(hidden)
+    found = model.encode_text(tokens)
+    assert shapes == [(2, 5, 16), (2, 1, 16)]
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn(found.shape)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    gradients = dict(base.named_parameters())
+    for name, parameter in text.named_parameters():
+        if not name.startswith("pooler"):
+            torch.testing.assert_close(
+                gradients[name].grad, parameter.grad, rtol=1e-4, atol=1e-6
+            )
 
 
 def test_the_first_convolution_is_in_fp32_under_autocast():
