@@ -51,7 +51,8 @@ def start(argv, keeps_memory=True):
         Command line without the script's name.
     keeps_memory : bool
         Whether freed memory is kept for the next step: see
-        `keep_freed_memory`. Right for networks, whose steps are all alike.
+        `keep_freed_memory`. Right for networks, whose steps are all alike. If
+        not, threads share it: see `share_freed_memory`.
 
     Returns
     -------
@@ -66,6 +67,8 @@ def start(argv, keeps_memory=True):
     """
     if keeps_memory:
         keep_freed_memory()
+    else:
+        share_freed_memory()
     # Loader processes are forked after the tokenizer was used.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     hparams_file, run_opts, overrides = parse_arguments(argv)
@@ -372,19 +375,39 @@ def keep_freed_memory():
     clear them, and the copies stay as long as the other process. Elsewhere
     than on Linux with glibc nothing happens.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
-    except (OSError, AttributeError):
+    libc = _glibc()
+    if libc is None:
         return
     # Numbers of the parameters in <malloc.h>; the values are C ints.
     trim_threshold, top_pad, mmap_max = -1, -2, -4
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, -1)  # never
-    mallopt(top_pad, 2**28)
-    os.register_at_fork(before=lambda: malloc_trim(0))
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, -1)  # never
+    libc.mallopt(top_pad, 2**28)
+    os.register_at_fork(before=lambda: libc.malloc_trim(0))
+
+
+def share_freed_memory():
+    """Have glibc give a thread what another has freed.
+
+    By default each has a store of its own. Elsewhere than on Linux with glibc
+    nothing happens.
+    """
+    libc = _glibc()
+    if libc is not None:
+        arena_max = -8
+        libc.mallopt(arena_max, 1)
+
+
+def _glibc():
+    """That library with the functions that are wanted, or None."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt, libc.malloc_trim  # noqa: B018
+    except (OSError, AttributeError):
+        return None
+    return libc
 
 
 def _read_hparams(path):

@@ -45,19 +45,24 @@ residual; axes are orthogonal, so by Cauchy-Schwarz
 
 which is the dot product of the coordinates with the residual's norm as one
 more. These short vectors take the place of the long ones in the fast product;
-what they cannot exclude is decided exactly as before. Coordinates and residuals
-are computed in float64: that, and axes that are orthogonal to 1e-12 only, move
-the bound by less than 1e-10 of the norms, for which the last term above has
-room. Embeddings of trained models lie near a few axes. How many to take, and
-the format, is found from a sample and from the time that products take on the
-machine (`fastest_product`).
+what they cannot exclude is decided exactly as before. Coordinates and norms are
+computed in float64, the square of the residual's as what the coordinates leave
+of the vector's: that, and axes that are orthonormal to 1e-12 only, takes less
+than the 1e-10 that is added to it, and moves the first product by less than
+1e-10 of the norms, for which the last term above has room. Embeddings of
+trained models lie near a few axes. How many to take, and the format, is found
+from a sample and from the time that products take on the machine
+(`fastest_product`).
 """
 
+import collections
 import collections.abc
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import math
+import threading
 import time
 
 import numpy as np
@@ -75,12 +80,14 @@ _PRECISIONS = {
     "int8": torch.int8,
 }
 _ON = {"cpu": ("int8", "bf16", "fp32"), "cuda": ("fp16", "bf16", "fp32")}
-# Rows of a block at most, that a product stays within 64 MB, on a GPU 1 GB.
-_MAX_ROWS = {"cpu": 4096, "cuda": 16384}
+# Rows of a block at most, that a product stays within 16 MB, on a GPU 1 GB.
+_MAX_ROWS = {"cpu": 2048, "cuda": 16384}
 # Texts of a block: a CPU is slower at products that its caches do not hold.
 _TEXT_ROWS = {"cpu": 1024, "cuda": 4096}
 _CACHE_BYTES = 192 * 2**20  # of text blocks on a CPU
-_MAX_PAIRS = 2**20  # of one block of audio rows with all texts
+_MAX_PAIRS = 2**19  # of one block of audio rows with all texts
+# Threads that search a block each: Python runs in one of them at a time.
+_MAX_THREADS = 8
 _PAIRS_AT_ONCE = 2**16  # of which a GPU gathers the rows
 _SAMPLE_ROWS = 2048  # of each side, to choose a fast product
 # Axes to try; with the residual a multiple of 16.
@@ -136,6 +143,19 @@ class Tally:
             own = getattr(self, name)
             np.maximum(own, getattr(other, name), out=own)
 
+    def add_found(self, found):
+        """Count what a search of some audio rows and all texts found.
+
+        Arguments
+        ---------
+        found : _Found
+        """
+        self.highest = max(self.highest, found.highest)
+        self.margin = max(self.margin, found.margin)
+        self.add_pairs(*found.pairs)
+        if found.seen is not None:
+            self._add_fast(found.seen)
+
     def add_pairs(self, audio_rows, text_rows, similarities):
         """Count pairs over the threshold, all those of some audio rows."""
         if not len(audio_rows):
@@ -145,13 +165,7 @@ class Tally:
         self._clips += _binned(np.maximum.reduceat(similarities, firsts))
         np.maximum.at(self._texts, text_rows, similarities)
 
-    def add_fast(self, seen):
-        """Count what the fast products of some audio rows with all texts saw.
-
-        Arguments
-        ---------
-        seen : _Seen
-        """
+    def _add_fast(self, seen):
         if seen.bits is not None:
             self._fast_bits += seen.bits
         if seen.bins is not None:
@@ -251,7 +265,7 @@ class _Seen:
             bits = product.view(torch.int16)
             unsigned = scratch.take(torch.int32, bits.shape, bits.device)
             unsigned.copy_(bits).bitwise_and_(0xFFFF)
-            counts = scratch.counted(unsigned, 2**16)
+            counts = torch.bincount(unsigned.view(-1), minlength=2**16).numpy()
             bits = bits.numpy()
             self.bits = counts if self.bits is None else self.bits + counts
             # As integers, bits keep the order of positive numbers, and
@@ -261,15 +275,15 @@ class _Seen:
             counts, *best = (
                 _binned_on_gpu(product, unit, scratch)
                 if product.is_cuda
-                else _binned_on_cpu(product, unit, scratch)
+                else _binned_on_cpu(product, unit)
             )
             self.bins = counts if self.bins is None else self.bins + counts
         np.maximum(self.best, best[0], out=self.best)
         self.text_best.append((text_begin, best[1]))
 
 
-class _Scratch:
-    """Memory for products, and threads for counting, which all blocks share.
+class _Scratch(threading.local):
+    """Memory for products, which all blocks of a thread share.
 
     A system clears the pages of new buffers, which takes as long as a product
     of short vectors.
@@ -277,15 +291,6 @@ class _Scratch:
 
     def __init__(self):
         self.buffers = {}
-        # Kernels run in one thread, and PyTorch counts in one, but do not hold
-        # others up, if these do not start threads of their own. A product does
-        # not take as long as it takes Python to start many.
-        self.num_threads = min(torch.get_num_threads(), 8)
-        self.pool = concurrent.futures.ThreadPoolExecutor(
-            self.num_threads,
-            initializer=torch.set_num_threads,
-            initargs=(1,),
-        )
 
     def take(self, dtype, shape, device, use=None):
         """An uninitialised tensor, valid until the next of its kind."""
@@ -296,39 +301,46 @@ class _Scratch:
             self.buffers[dtype, use] = buffer
         return buffer[:size].view(shape)
 
-    def shared(self, function, count):
-        """Results of a function of slices of 0..count, one for each thread."""
-        ends = np.linspace(0, count, self.num_threads + 1).astype(int)
-        return list(self.pool.map(function, map(slice, ends, ends[1:])))
-
-    def counted(self, values, size):
-        """Counts (size,) of the int32 numbers of a tensor."""
-        flat = values.view(-1)
-        if values.is_cuda:
-            return torch.bincount(flat, minlength=size).cpu().numpy()
-        counts = self.shared(
-            lambda part: torch.bincount(flat[part], minlength=size), len(flat)
-        )
-        return sum(counts).numpy()
-
 
 class _Blocks:
-    """Blocks of texts, read at each iteration unless they fit into a cache."""
+    """Blocks of texts, of which the first are kept, the others read again."""
 
-    def __init__(self, read, count, size, room):
+    def __init__(self, read, count, size, num_kept):
         self.read, self.count, self.size = read, count, size
-        self.room, self.kept = room, {}
+        self.num_kept, self.kept = num_kept, {}
+        self.lock = threading.Lock()
 
     def __iter__(self):
         for begin in range(0, self.count, self.size):
-            block = self.kept.get(begin)
-            if block is None:
-                block = self.read(begin, min(begin + self.size, self.count))
-                nbytes = block.fast.nbytes + getattr(block.exact, "nbytes", 0)
-                if nbytes <= self.room:
-                    self.room -= nbytes
-                    self.kept[begin] = block
-            yield block
+            end = min(begin + self.size, self.count)
+            if end > self.num_kept:
+                yield self.read(begin, end)
+                continue
+            # Threads start with the same block: one of them prepares it.
+            with self.lock:
+                if begin not in self.kept:
+                    self.kept[begin] = self.read(begin, end)
+            yield self.kept[begin]
+
+
+@dataclasses.dataclass
+class _Found:
+    """What a search of a block of audio rows and all texts found.
+
+    Arguments
+    ---------
+    pairs : tuple of array
+        As `pairs_over` yields them.
+    highest, margin : float
+        As `Tally`.
+    seen : _Seen
+        Counts of all similarities, if they were asked for.
+    """
+
+    pairs: tuple
+    highest: float
+    margin: float
+    seen: _Seen | None
 
 
 def pairs_over(
@@ -364,8 +376,8 @@ def pairs_over(
     with_report : bool
         Whether to count all similarities too, which costs a third more.
     audio_bs, text_bs : int
-        Rows at a time, at most 4096 on a CPU and 16384 on a GPU. None takes
-        1024 texts on a CPU and 4096 on a GPU.
+        Rows at a time. Blocks of more than 2048 on a CPU or 16384 on a GPU are
+        cut. None takes 1024 texts on a CPU and 4096 on a GPU.
     device : str
         Where products are computed.
     precision : str
@@ -402,33 +414,88 @@ def pairs_over(
     tally.start(threshold)
     if not n_audio or not n_text:
         return
-    kind = torch.device(device).type
+    # A thread begins with the first GPU, whichever is chosen in this one.
+    device = torch.empty(0, device=device).device
+    kind = device.type
     width = np.asarray(text_block(0, 1)).shape[1]
     text_bs = _TEXT_ROWS[kind] if text_bs is None else text_bs
-    audio_bs, text_bs = (min(n, _MAX_ROWS[kind]) for n in (audio_bs, text_bs))
+    text_bs = min(text_bs, _MAX_ROWS[kind])
     axes = None if axes is None else axes.to(device)
 
     def read_text(begin, end):
         rows = _prepare(
-            text_block(begin, end), begin, dtype, device, "text", axes
+            text_block(begin, end), begin, dtype, device, "text", axes, scratch
         )
         if not fits:
             # Reading it again for a few rows costs less than preparing it.
             rows.exact = lambda: _on_grid(text_block(begin, end), device)
         return rows
 
+    def search(vectors, begin, reached):
+        rows = _prepare(vectors, begin, dtype, device, "audio", axes, scratch)
+        return search_rows(rows, reached)
+
+    def search_rows(rows, reached):
+        return _pairs_of(rows, texts, threshold, reached, with_report, scratch)
+
     room = _CACHE_BYTES
     if kind == "cuda":
         room = torch.cuda.mem_get_info(device)[0] // 4
     fits = n_text * width * 8 <= room  # both kinds of numbers, 4 bytes at most
-    texts = _Blocks(read_text, n_text, text_bs, room)
-    scratch = _Scratch()
-    for begin in range(0, n_audio, audio_bs):
-        vectors = audio_block(begin, min(begin + audio_bs, n_audio))
-        rows = _prepare(vectors, begin, dtype, device, "audio", axes)
-        for pairs in _pairs_of(rows, texts, tally, with_report, scratch):
-            tally.add_pairs(*pairs)
-            yield pairs
+    fast_width = width if axes is None else axes.shape[1] + 1
+    num_kept = n_text if fits else room // (fast_width * dtype.itemsize)
+    texts = _Blocks(read_text, n_text, text_bs, num_kept)
+    scratch, waiting = _Scratch(), collections.deque()
+    blocks = _even_blocks(n_audio, audio_bs, _MAX_ROWS[kind])
+    pool, num_threads = _threads(device)
+    try:
+        while True:
+            # Enough that none waits while the first is taken.
+            free = max(2 * num_threads - len(waiting), 0)
+            for begin, end in itertools.islice(blocks, free):
+                vectors = audio_block(begin, end)
+                reached = tally.highest >= threshold
+                waiting.append(pool.submit(search, vectors, begin, reached))
+            if not waiting:
+                return
+            found = waiting.popleft().result()
+            if isinstance(found, _Found):
+                tally.add_found(found)
+                yield found.pairs
+            else:
+                reached = tally.highest >= threshold
+                parts = [pool.submit(search_rows, x, reached) for x in found]
+                waiting.extendleft(reversed(parts))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _even_blocks(count, size, most):
+    """Begins and ends of blocks, each cut evenly if it exceeds the most."""
+    step = -(-size // -(-size // most))
+    for begin in range(0, count, size):
+        end = min(begin + size, count)
+        for part in range(begin, end, step):
+            yield part, min(part + step, end)
+
+
+def _threads(device):
+    """Threads that each search a block by themselves, and their number.
+
+    They need not wait for each other after every product, and what comes after
+    a product is not all arithmetic: one thread's product has the caches while
+    another looks through its own.
+    """
+    total = torch.get_num_threads()
+    count = min(total, _MAX_THREADS)
+    if torch.device(device).type == "cuda":
+        count = 1
+    pool = concurrent.futures.ThreadPoolExecutor(
+        count,
+        initializer=torch.set_num_threads,
+        initargs=(total // count,),
+    )
+    return pool, count
 
 
 def fastest_product(
@@ -466,6 +533,32 @@ def fastest_product(
     ValueError
         The precision or the device is none of those.
     """
+    pool, _ = _threads(device)
+    with pool:
+        # Where a search computes, with as many cores.
+        return pool.submit(
+            _fastest_product,
+            audio_block,
+            n_audio,
+            text_block,
+            n_text,
+            threshold,
+            with_report,
+            precision,
+            device,
+        ).result()
+
+
+def _fastest_product(
+    audio_block,
+    n_audio,
+    text_block,
+    n_text,
+    threshold,
+    with_report,
+    precision,
+    device,
+):
     names = precisions(device)
     if precision != "auto":
         _check_precision(precision, device)
@@ -486,14 +579,16 @@ def fastest_product(
             side[::2].T @ side[::2] / len(side[::2]) for side in (audio, text)
         )
         all_axes = torch.linalg.eigh(moments)[1].flip(1)
-    decision = _decision_seconds(audio, text, device)
+    decision, scratch = _decision_seconds(audio, text, device), _Scratch()
     for count in sizes:
         axes, preparing = None, 0.0
         sides = [audio[1::2], text[1::2]]
         if count is not None:
             axes = all_axes[:, :count].contiguous()
+            short = [_short(side, axes, _Scratch()) for side in sides]
             begin = time.perf_counter()
-            short = [_short(side, axes) for side in sides]
+            for side in sides:
+                _short(side, axes, scratch)
             preparing = time.perf_counter() - begin
             preparing /= sum(map(len, sides))  # a row
             preparing *= 1 / n_audio + 1 / n_text  # a similarity
@@ -502,12 +597,18 @@ def fastest_product(
         for name in names:
             dtype = _PRECISIONS[name]
             rows = [
-                _Rows(0, *_rounded(side, dtype), _largest_norm(side), side)
+                _Rows(
+                    0,
+                    *_rounded(side, dtype, scratch),
+                    _largest_norm(side),
+                    side,
+                )
                 for side in sides
             ]
             candidates = bounds >= threshold - _margin(*rows)
             seconds = preparing + candidates.double().mean().item() * decision
-            seconds += product_seconds(dtype, sides[0].shape[1], device)
+            if seconds < least:
+                seconds += product_seconds(dtype, sides[0].shape[1], device)
             if seconds < least:
                 best, least = (name, axes), seconds
     return best
@@ -585,41 +686,57 @@ def _int8_is_exact():
     return torch.equal(products.long(), 127**2 * signs @ signs.T)
 
 
-def _pairs_of(rows, texts, tally, with_report, scratch):
-    """Pairs of a block of audio rows, in several yields if they are many."""
-    seen = _Seen(np.full(len(rows), -np.inf, dtype=np.float32))
-    found, count = [], 0
+def _pairs_of(rows, texts, threshold, reached, with_report, scratch):
+    """Pairs of a block of audio rows, or its halves if they are too many.
+
+    Arguments
+    ---------
+    rows : _Rows
+    texts : _Blocks
+    threshold : float
+    reached : bool
+        Whether a pair is known that reaches the threshold. If none is, the
+        highest similarity is sought among those that do not.
+    with_report : bool
+    scratch : _Scratch
+
+    Returns
+    -------
+    _Found or list of _Rows
+    """
+    seen = None
+    if with_report:
+        seen = _Seen(np.full(len(rows), -np.inf, dtype=np.float32))
+    found, count, highest, largest_margin = [], 0, -np.inf, 0.0
     for block in texts:
         product = _product(rows.fast, block.fast, scratch)
         unit, margin = rows.unit * block.unit, _margin(rows, block)
-        flat = _reaching(product, (tally.threshold - margin) / unit, scratch)
-        tally.margin = max(tally.margin, margin + _output_rounding(product))
-        if tally.highest < tally.threshold and not len(flat):
+        flat = _reaching(product, (threshold - margin) / unit, scratch)
+        largest_margin = max(largest_margin, margin + _output_rounding(product))
+        if not (reached or len(flat)):
             best = np.array([_argmax(product)])
-            highest = _exact_of(rows, block, best, scratch)[2].item()
-            tally.highest = max(tally.highest, highest)
+            value = _exact_of(rows, block, best, scratch)[2].item()
+            highest = max(highest, value)
             if rows.fast.shape != rows.exact.shape:
                 # Bounds may exceed the similarities by more than the margin.
                 bound = unit * product.view(-1)[best[0]].item() + margin
-                tally.margin = max(tally.margin, bound - highest)
+                largest_margin = max(largest_margin, bound - value)
         if with_report:
             seen.add(product, unit, block.begin, scratch)
         audio, text, similarities = _exact_of(rows, block, flat, scratch)
-        tally.highest = similarities.max(initial=tally.highest)
-        keep = similarities >= tally.threshold
+        highest = similarities.max(initial=highest)
+        keep = similarities >= threshold
         found.append((audio[keep], text[keep], similarities[keep]))
         count += len(found[-1][0])
+        reached = reached or count > 0
         if count > _MAX_PAIRS and len(rows) > 1:
             half = len(rows) // 2
-            for part in (rows.part(0, half), rows.part(half, None)):
-                yield from _pairs_of(part, texts, tally, with_report, scratch)
-            return
-    if with_report:
-        tally.add_fast(seen)
+            return [rows.part(0, half), rows.part(half, None)]
     audio, text, similarities = (np.concatenate(part) for part in zip(*found))
     # Texts are in order already.
     order = np.argsort(audio, kind="stable")
-    yield audio[order], text[order], similarities[order]
+    pairs = audio[order], text[order], similarities[order]
+    return _Found(pairs, highest, largest_margin, seen)
 
 
 def _sample(read, count):
@@ -632,20 +749,28 @@ def _sample(read, count):
     return torch.from_numpy(np.concatenate(blocks)).double()
 
 
-def _short(vectors, axes):
-    """Coordinates and the residual's norm, (rows, k + 1) float64."""
-    vectors = vectors.double()
-    coordinates = vectors @ axes
-    residual = torch.linalg.vector_norm(
-        vectors - coordinates @ axes.T, dim=1, keepdim=True
+def _short(vectors, axes, scratch):
+    """Coordinates and the residual's norm, (rows, k + 1) float64 in scratch."""
+    wide = scratch.take(torch.float64, vectors.shape, vectors.device, "wide")
+    wide.copy_(vectors)
+    shape = (len(wide), axes.shape[1] + 1)
+    short = scratch.take(torch.float64, shape, wide.device, "short")
+    coordinates = short[:, :-1].copy_(wide @ axes)
+    whole, within = (
+        torch.linalg.vector_norm(x, dim=1).square_()
+        for x in (wide, coordinates)
     )
-    return torch.cat([coordinates, residual], dim=1)
+    # Pythagoras. Never too small, though nothing is quite orthonormal.
+    residual = (whole - within).clamp_(min=0).add_(1e-10).sqrt_()
+    short[:, -1] = residual
+    return short
 
 
-def _prepare(vectors, begin, dtype, device, kind, axes=None):
+def _prepare(vectors, begin, dtype, device, kind, axes, scratch):
     """Put vectors on the grid and round them, or bounds, to the fast format."""
     exact = _on_grid(vectors, device)
-    whole = exact.float()
+    whole = scratch.take(torch.float32, exact.shape, exact.device, "whole")
+    whole.copy_(exact)
     norm = _largest_norm(whole)
     if not norm <= _MAX_NORM:
         norms = 1.001 * torch.linalg.vector_norm(whole, dim=1)
@@ -655,9 +780,9 @@ def _prepare(vectors, begin, dtype, device, kind, axes=None):
             f"norm exceeds {_MAX_NORM:g}"
         )
     if axes is not None:
-        whole = _short(whole, axes)
+        whole = _short(whole, axes, scratch)
         norm = max(norm, _largest_norm(whole))
-    return _Rows(begin, *_rounded(whole, dtype), norm, exact)
+    return _Rows(begin, *_rounded(whole, dtype, scratch), norm, exact)
 
 
 def _on_grid(vectors, device):
@@ -670,19 +795,20 @@ def _on_grid(vectors, device):
     return half if torch.equal(half.float(), exact) else exact
 
 
-def _rounded(whole, dtype):
+def _rounded(whole, dtype, scratch):
     """Vectors in the fast format, its unit, the largest norm of the loss."""
+    lost = scratch.take(whole.dtype, whole.shape, whole.device, "lost")
     if dtype == torch.int8:
         low, high = (end.item() for end in torch.aminmax(whole))
         unit = (max(-low, high) or 1.0) / 127
-        steps = (whole / unit).round_()
+        steps = torch.div(whole, unit, out=lost).round_()
         fast = steps.to(dtype)
         return fast, unit, _largest_norm(steps.mul_(-unit).add_(whole))
     fast = whole.to(dtype)
     if dtype == torch.float32:
         # Bits that the product may ignore are cleared, and their loss counted.
         fast = (fast.view(torch.int32) & -(2 ** _ignored_bits())).view(dtype)
-    return fast, 1.0, _largest_norm(whole - fast.to(whole.dtype))
+    return fast, 1.0, _largest_norm(lost.copy_(fast).sub_(whole))
 
 
 def _largest_norm(vectors):
@@ -810,16 +936,10 @@ def _reaching(product, limit, scratch):
         product = product.view(torch.int32)
     if product.is_cuda or product.dtype == torch.float32:
         return torch.nonzero(product.view(-1) >= limit)[:, 0].cpu().numpy()
-    values, columns = product.numpy(), product.shape[1]
-    limit = values.dtype.type(limit)
-    hits = scratch.take(torch.int32, product.shape, "cpu", "hits").numpy()
-
-    def reaching(rows):
-        flat = hits[rows].reshape(-1)
-        count = kernels.reaching(values[rows], limit, flat)
-        return flat[:count] + np.int64(rows.start * columns)
-
-    return np.concatenate(scratch.shared(reaching, len(values)))
+    values = product.numpy()
+    hits = scratch.take(torch.int32, (values.size,), "cpu", "hits").numpy()
+    count = kernels.reaching(values, values.dtype.type(limit), hits)
+    return hits[:count].astype(np.int64)
 
 
 def _bf16_below(value):
@@ -871,12 +991,7 @@ def _dots_on_cpu(rows, audio, exact, text, out, scratch):
     if exact.dtype != torch.float32:
         shape = exact.shape
         whole = scratch.take(torch.float32, shape, "cpu", "text").copy_(exact)
-    sides = rows.whole.numpy(), whole.numpy()
-
-    def dots(part):
-        kernels.dots(*sides, audio[part], text[part], out[part])
-
-    scratch.shared(dots, len(out))
+    kernels.dots(rows.whole.numpy(), whole.numpy(), audio, text, out)
 
 
 def _dots_on_gpu(rows, audio, exact, text, out, scratch):
@@ -897,24 +1012,16 @@ def _binned(values):
     return np.bincount(bins[bins >= 0], minlength=len(EDGES))
 
 
-def _binned_on_cpu(product, unit, scratch):
+def _binned_on_cpu(product, unit):
     """The same for a product, and the highest of each row and column.
 
     Below -1 is -1 here.
     """
     values = product.numpy()
-    best = values[:, 0].copy()
-
-    def count(rows):
-        counts = np.zeros(len(EDGES), np.int64)
-        best_texts = values[rows.start].copy()
-        kernels.histogram(
-            values[rows], 100 * unit, -100, counts, best[rows], best_texts
-        )
-        return counts, best_texts
-
-    counts, best_texts = zip(*scratch.shared(count, len(values)))
-    return sum(counts), unit * best, unit * np.max(best_texts, axis=0)
+    counts = np.zeros(len(EDGES), np.int64)
+    best, best_texts = values[:, 0].copy(), values[0].copy()
+    kernels.histogram(values, 100 * unit, -100, counts, best, best_texts)
+    return counts, unit * best, unit * best_texts
 
 
 def _binned_on_gpu(product, unit, scratch):
@@ -924,7 +1031,8 @@ def _binned_on_gpu(product, unit, scratch):
     steps = scratch.take(torch.float32, shape, device)
     steps.copy_(product).mul_(100 * unit).floor_().clamp_(-100, 100)
     bins = scratch.take(torch.int32, shape, device).copy_(steps.add_(100))
-    return scratch.counted(bins, len(EDGES)), *best
+    counts = torch.bincount(bins.view(-1), minlength=len(EDGES))
+    return counts.cpu().numpy(), *best
 
 
 def _at_least(counts):

@@ -261,9 +261,12 @@ def test_resume_command_of_several_processes(monkeypatch, machines):
     ]
 
 
-@pytest.mark.skipif(
+on_glibc = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="glibc's allocator alone is told"
 )
+
+
+@on_glibc
 def test_freed_memory_is_kept_until_a_process_is_forked():
     program = """
 import os
@@ -288,3 +291,27 @@ print(kept - empty, resident() - empty)
     kept, left = map(int, run.stdout.split())
     assert kept > 0.9 * 2**28
     assert left < 0.2 * 2**28
+
+
+@on_glibc
+@pytest.mark.parametrize("keeps_memory", [True, False])
+def test_threads_share_freed_memory_in_the_search(keeps_memory):
+    """As malloc's own statistics tell."""
+    program = f"""
+import ctypes
+import threading
+import experiment
+
+try:
+    experiment.start([], keeps_memory={keeps_memory})
+except SystemExit:
+    libc = ctypes.CDLL("libc.so.6")
+    threads = [threading.Thread(target=libc.malloc, args=[9]) for _ in "123"]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    libc.malloc_stats()
+"""
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (run.stderr.count("Arena") > 1) == keeps_memory

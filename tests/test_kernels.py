@@ -17,12 +17,6 @@ def rng():
     return np.random.default_rng(5)
 
 
-@pytest.fixture(autouse=True)
-def three_threads(monkeypatch):
-    """Tests have one, in which nothing is shared."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-
-
 def dots_on(side, rows, audio, exact, text):
     """What a device's function returns, on this one."""
     block = similarity._Rows(0, rows, 1.0, 0.0, 1.0, rows)
@@ -73,8 +67,12 @@ def test_counts_and_the_highest(rng, shape, dtype, side):
     steps[0] = steps[:, 0] = -40  # a row and a column below 0
     values = ((steps + 0.5) / 100 / unit).round(0 if unit < 1 else 6)
     product = torch.from_numpy(values).to(dtype)
-    count = getattr(similarity, f"_binned_on_{side}")
-    bins, *best = count(product.clone(), unit, similarity._Scratch())
+    copy, scratch = product.clone(), similarity._Scratch()
+    bins, *best = (
+        similarity._binned_on_cpu(copy, unit)
+        if side == "cpu"
+        else similarity._binned_on_gpu(copy, unit, scratch)
+    )
     expected = np.bincount(
         steps.clip(-100, 100).ravel() + 100, minlength=len(EDGES)
     )
@@ -101,13 +99,3 @@ def test_dot_products_are_not_rounded(rng, side, formats):
         products = zip(sides[0][i].tolist(), sides[1][j].tolist())
         exact = sum(Fraction(a) * Fraction(b) for a, b in products)
         assert Fraction(float(value)) == exact
-
-
-@pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
-@pytest.mark.parametrize("count", [1, 2, 7, 64])
-def test_threads_share_all_of_it(monkeypatch, num_threads, count):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
-    parts = similarity._Scratch().shared(lambda part: part, count)
-    assert len(parts) == num_threads
-    rows = [row for part in parts for row in range(part.start, part.stop)]
-    assert rows == list(range(count))

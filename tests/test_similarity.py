@@ -1,6 +1,9 @@
 """The blocked search against a naive float64 product, and exact fractions."""
 
+import contextlib
 import itertools
+import threading
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -11,6 +14,7 @@ from curation import similarity
 from curation.similarity import EDGES, Tally, keep_best, pairs_over
 
 THRESHOLD = 0.75
+count_threads = torch.get_num_threads  # tests replace PyTorch's
 BLOCKS = [(1, 64), (7, 200), (64, 33), (4000, 4096)]
 PRECISIONS = ["fp32", "bf16", "int8"]
 
@@ -161,9 +165,13 @@ def test_axes_are_orthonormal_and_products_bounded(vectors, take_axes, scale):
         axes.T @ axes, torch.eye(7, dtype=torch.float64), atol=1e-12, rtol=0
     )
     sides = [torch.from_numpy(v).double() for v in low]
-    short = [similarity._short(side, axes) for side in sides]
+    scratch = similarity._Scratch
+    short = [similarity._short(side, axes, scratch()) for side in sides]
     bounds, exact = short[0] @ short[1].T, sides[0] @ sides[1].T
     assert (bounds >= exact - 1e-12).all()
+    for side, found in zip(sides, short):
+        away = torch.linalg.vector_norm(side - side @ axes @ axes.T, dim=1)
+        assert (found[:, -1] >= away).all()
     # As near as the residuals allow: with none left, they are equal.
     gap = 2 * short[0][:, -1:] * short[1][:, -1]
     assert (bounds <= exact + gap + 1e-12).all()
@@ -355,6 +363,117 @@ def test_many_pairs_come_in_parts(vectors, naive, monkeypatch, precision):
         np.testing.assert_array_equal(found[start:], counts[start:])
 
 
+@pytest.fixture(params=[2, 3, 20])
+def threads(request, monkeypatch):
+    """As on a machine with more cores than tests use."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+    before = threading.active_count()
+    yield request.param
+    # A search that ends, at its end or before, ends its threads.
+    assert threading.active_count() == before
+
+
+def test_threads_share_the_cores(threads):
+    pool, count = similarity._threads("cpu")
+    with pool:
+        used = pool.submit(count_threads).result()
+    assert (count, used) == {2: (2, 1), 3: (3, 1), 20: (8, 2)}[threads]
+
+
+def test_the_margin_is_the_largest_of_all_blocks(vectors):
+    audio, tally = vectors[0].copy(), Tally(200)
+    audio[:10] *= 1.9
+    search((audio, vectors[1]), 0.5, tally, audio_bs=10, precision="int8")
+    first = Tally(200)
+    search((audio[:10], vectors[1]), 0.5, first, precision="int8")
+    assert tally.margin == first.margin
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_threads_find_the_same_in_the_same_order(
+    vectors, naive, threads, monkeypatch, precision
+):
+    """Also of blocks that are halved."""
+    sizes = {"audio_bs": 40, "text_bs": 50, "precision": precision}
+    alone, together = Tally(200), Tally(200)
+    with monkeypatch.context() as context:
+        context.setattr(torch, "get_num_threads", lambda: 1)
+        search(vectors, 0.1, alone, with_report=True, **sizes)
+    monkeypatch.setattr(similarity, "_MAX_PAIRS", 500)
+    found = search(vectors, 0.1, together, with_report=True, **sizes)
+    assert_pairs(found, naive, 0.1)
+    assert together.highest == alone.highest
+    start = 110 if precision == "int8" else 0  # units of halves differ
+    for name, counts in alone.curves().items():
+        found = together.curves()[name]
+        np.testing.assert_array_equal(found[start:], counts[start:])
+    # The rows of audio are those that one thread reads.
+    begins = []
+
+    def audio_block(begin, end):
+        begins.append((begin, end, threading.current_thread()))
+        return vectors[0][begin:end]
+
+    pairs = pairs_over(
+        audio_block, 300, lambda b, e: vectors[1][b:e], 200, 0.1, **sizes
+    )
+    assert max(len(batch[0]) for batch in pairs) <= 500
+    rows = [(i, min(i + 40, 300)) for i in range(0, 300, 40)]
+    assert begins == [(*ends, threading.current_thread()) for ends in rows]
+
+
+def test_threads_prepare_what_is_kept_once(vectors, threads, monkeypatch):
+    begins = []
+
+    def noted(vectors, begin, dtype, device, kind, *rest):
+        if kind == "text":
+            time.sleep(0.01)  # others come meanwhile
+            begins.append(begin)
+        return prepare(vectors, begin, dtype, device, kind, *rest)
+
+    prepare = similarity._prepare
+    monkeypatch.setattr(similarity, "_prepare", noted)
+    search(vectors, THRESHOLD, audio_bs=20, text_bs=40)
+    assert begins == [0, 40, 80, 120, 160]
+
+
+def test_a_search_may_end_early(vectors, threads):
+    audio, begins = vectors[0].copy(), []
+    audio[170, 3] = np.nan
+
+    def audio_block(begin, end):
+        begins.append(begin)
+        return audio[begin:end]
+
+    def pairs():
+        return pairs_over(
+            audio_block, 300, lambda b, e: vectors[1][b:e], 200, 0.5,
+            audio_bs=10,
+        )  # fmt: skip
+
+    # What comes before the error is not lost.
+    found = []
+    with pytest.raises(ValueError, match="audio embedding of row 170"):
+        for batch in pairs():
+            found.append(batch)
+    assert len(found) == 17
+    begins.clear()
+    with contextlib.closing(pairs()) as batches:
+        next(batches)
+    assert len(begins) <= 2 * min(threads, 8)
+
+
+@pytest.mark.parametrize("count, size, most, expected", [
+    (10, 4, 4, [(0, 4), (4, 8), (8, 10)]),
+    (10, 4, 3, [(0, 2), (2, 4), (4, 6), (6, 8), (8, 10)]),
+    (11, 5, 3, [(0, 3), (3, 5), (5, 8), (8, 10), (10, 11)]),
+    (3, 9, 4, [(0, 3)]),
+    (0, 4, 4, []),
+])  # fmt: skip
+def test_blocks_are_cut_evenly(count, size, most, expected):
+    assert list(similarity._even_blocks(count, size, most)) == expected
+
+
 @pytest.mark.parametrize("room, expected", [
     (similarity._CACHE_BYTES, [0, 40, 80, 120, 160]),
     (80 * 64 * 4, [0, 40, 80, 120, 160] + 2 * [80, 120, 160]),
@@ -366,10 +485,10 @@ def test_texts_are_prepared_again_only_without_room(
     monkeypatch.setattr(similarity, "_CACHE_BYTES", room)
     begins = []
 
-    def noted(vectors, begin, dtype, device, kind, axes):
+    def noted(vectors, begin, dtype, device, kind, *rest):
         if kind == "text":
             begins.append(begin)
-        return prepare(vectors, begin, dtype, device, kind, axes)
+        return prepare(vectors, begin, dtype, device, kind, *rest)
 
     prepare = similarity._prepare
     monkeypatch.setattr(similarity, "_prepare", noted)
