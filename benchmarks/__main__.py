@@ -25,9 +25,9 @@ COMMANDS = {
     "embed": ["--captions", "256", "--clips", "48", "--runs", "1"],
     "loading": ["--files", "6", "--runs", "2"],
     "retrieve": ["--audio", "40000", "--runs", "1"],
-    "writing": ["--pairs", "500000", "--runs", "3"],
+    "writing": ["--pairs", "500000", "--runs", "2"],
     "startup": ["--runs", "1"],
-    "growth": ["--captions", "128", "--clips", "16"],
+    "growth": ["--captions", "128", "--clips", "8"],
 }
 FOLDER = pathlib.Path(__file__).parent
 MARKS = ("<!-- made by make bench -->\n", "<!-- end -->\n")
