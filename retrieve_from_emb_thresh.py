@@ -127,11 +127,16 @@ class PairSink:
     def _write(self, first, audio_rows, text_rows, similarities):
         """Append lines, of which `first` is the ID of the first one."""
         # An audio row's cells are made once, not per pair.
-        rows, which = np.unique(audio_rows, return_inverse=True)
-        times = [
-            ",".join("" if s != s else repr(s) for s in row) + "\n"
-            for row in self.times[rows].tolist()
-        ]
+        is_new = np.diff(audio_rows, prepend=-1) != 0
+        rows, which = audio_rows[is_new], is_new.cumsum() - 1
+        # Few windows begin at a time of their own.
+        times, places = np.unique(self.times[rows], return_inverse=True)
+        times = pa.array(["" if s != s else repr(s) for s in times.tolist()])
+        starts, ends = (
+            times.take(pa.array(column)) for column in places.reshape(-1, 2).T
+        )
+        times = pc.binary_join_element_wise(starts, ends, ",")
+        times = pc.binary_join_element_wise(times, "\n", "")
         # Six digits, as decimal numbers have them.
         values = pc.round(pa.array(similarities, pa.float64()), 6)
         lines = pc.binary_join_element_wise(
@@ -139,7 +144,7 @@ class PairSink:
             csv_cells(self.paths.take(pa.array(rows))).take(pa.array(which)),
             self.captions.take(pa.array(text_rows)),
             values.cast(pa.decimal128(8, 6)).cast(pa.string()),
-            pa.array(times).take(pa.array(which)),
+            times.take(pa.array(which)),
             ",",
         )
         _, _, text = lines.buffers()

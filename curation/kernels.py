@@ -2,7 +2,7 @@
 
 In PyTorch each of these would be several operations, which read and write
 memory time and again and take longer than the product that they look through.
-They hold no lock of Python's, so that threads can share the rows.
+They hold no lock of Python's, so that threads work side by side.
 """
 
 import os

@@ -374,7 +374,7 @@ def pairs_over(
     tally : Tally
         Counts, updated on the way.
     with_report : bool
-        Whether to count all similarities too, which costs a third more.
+        Whether to count all similarities too, which costs a fifth more.
     audio_bs, text_bs : int
         Rows at a time. Blocks of more than 2048 on a CPU or 16384 on a GPU are
         cut. None takes 1024 texts on a CPU and 4096 on a GPU.
