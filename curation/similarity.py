@@ -58,6 +58,7 @@ from a sample and from the time that products take on the machine
 import collections
 import collections.abc
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -447,8 +448,7 @@ def pairs_over(
     texts = _Blocks(read_text, n_text, text_bs, num_kept)
     scratch, waiting = _Scratch(), collections.deque()
     blocks = _even_blocks(n_audio, audio_bs, _MAX_ROWS[kind])
-    pool, num_threads = _threads(device)
-    try:
+    with _threads(device) as (pool, num_threads):
         while True:
             # Enough that none waits while the first is taken.
             free = max(2 * num_threads - len(waiting), 0)
@@ -466,8 +466,6 @@ def pairs_over(
                 reached = tally.highest >= threshold
                 parts = [pool.submit(search_rows, x, reached) for x in found]
                 waiting.extendleft(reversed(parts))
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _even_blocks(count, size, most):
@@ -479,6 +477,7 @@ def _even_blocks(count, size, most):
             yield part, min(part + step, end)
 
 
+@contextlib.contextmanager
 def _threads(device):
     """Threads that each search a block by themselves, and their number.
 
@@ -495,7 +494,12 @@ def _threads(device):
         initializer=torch.set_num_threads,
         initargs=(total // count,),
     )
-    return pool, count
+    try:
+        yield pool, count
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # What one thread sets, PyTorch gives those that start later.
+        torch.set_num_threads(total)
 
 
 def fastest_product(
@@ -533,8 +537,7 @@ def fastest_product(
     ValueError
         The precision or the device is none of those.
     """
-    pool, _ = _threads(device)
-    with pool:
+    with _threads(device) as (pool, _):
         # Where a search computes, with as many cores.
         return pool.submit(
             _fastest_product,

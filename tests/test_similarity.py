@@ -1,5 +1,6 @@
 """The blocked search against a naive float64 product, and exact fractions."""
 
+import concurrent.futures
 import contextlib
 import itertools
 import threading
@@ -232,12 +233,6 @@ def test_nothing_is_timed_without_a_choice(vectors, monkeypatch):
     assert way == ("bf16", None)
 
 
-def test_counting_leaves_the_number_of_threads(vectors):
-    before = torch.get_num_threads()
-    search(vectors, 0.5, Tally(200), with_report=True)
-    assert torch.get_num_threads() == before
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_highest_similarity_by_fewer_dimensions(vectors, take_axes, precision):
     low = low_rank(vectors, scale=0.5)
@@ -369,15 +364,23 @@ def threads(request, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
     before = threading.active_count()
     yield request.param
+    torch.set_num_threads(1)
     # A search that ends, at its end or before, ends its threads.
     assert threading.active_count() == before
 
 
 def test_threads_share_the_cores(threads):
-    pool, count = similarity._threads("cpu")
-    with pool:
+    with similarity._threads("cpu") as (pool, count):
         used = pool.submit(count_threads).result()
     assert (count, used) == {2: (2, 1), 3: (3, 1), 20: (8, 2)}[threads]
+
+
+def test_a_search_leaves_the_number_of_threads(vectors, threads):
+    fastest(vectors, 0.5)
+    search(vectors, 0.5)
+    assert count_threads() == threads
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(count_threads).result() == threads
 
 
 def test_the_margin_is_the_largest_of_all_blocks(vectors):
