@@ -29,6 +29,7 @@ import contextlib
 import logging
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -59,7 +60,10 @@ logger = logging.getLogger(__name__)
 
 HEADER = b"ID,wav_path,caption,similarity,start,end\n"
 _BUFFER_PAIRS = 2**20
-_LINES_AT_ONCE = 2**17
+# Lines of the CSV file are made in parts, each in a thread. The file itself
+# would keep more threads waiting.
+_LINES_AT_ONCE = 2**14
+_LINE_THREADS = min(pa.cpu_count(), 8)
 
 
 class PairSink:
@@ -89,6 +93,7 @@ class PairSink:
         self.file, self.max_pairs = file, max_pairs
         if file is not None:
             self.captions = csv_cells(text.manifest["caption"])
+            self.threads = ThreadPoolExecutor(_LINE_THREADS)
         self.pairs, self.clips = 0, 0
         self.kept = np.zeros(len(text), dtype=np.int64)
 
@@ -114,18 +119,25 @@ class PairSink:
                     "--target_pairs, or use --max_captions_per_audio or "
                     "--max_audios_per_caption"
                 )
-            for i in range(0, len(audio_rows), _LINES_AT_ONCE):
-                part = slice(i, i + _LINES_AT_ONCE)
-                self._write(
-                    self.pairs + i,
-                    *(p[part] for p in (audio_rows, text_rows, similarities)),
-                )
+            self._write(audio_rows, text_rows, similarities)
         self.pairs = total
         self.clips += int(is_new.sum())
         self.kept += np.bincount(text_rows, minlength=len(self.kept))
 
-    def _write(self, first, audio_rows, text_rows, similarities):
-        """Append lines, of which `first` is the ID of the first one."""
+    def _write(self, *pairs):
+        """Append lines; only those that the threads make are in memory."""
+
+        def lines(begin):
+            part = (p[begin : begin + _LINES_AT_ONCE] for p in pairs)
+            return self._lines(self.pairs + begin, *part)
+
+        begins = range(0, len(pairs[0]), _LINES_AT_ONCE)
+        for i in range(0, len(begins), _LINE_THREADS):
+            some = begins[i : i + _LINE_THREADS]
+            self.file.writelines(self.threads.map(lines, some))
+
+    def _lines(self, first, audio_rows, text_rows, similarities):
+        """Lines as a buffer; `first` is the ID of the first one."""
         # An audio row's cells are made once, not per pair.
         is_new = np.diff(audio_rows, prepend=-1) != 0
         rows, which = audio_rows[is_new], is_new.cumsum() - 1
@@ -148,7 +160,7 @@ class PairSink:
             ",",
         )
         _, _, text = lines.buffers()
-        self.file.write(text)
+        return text
 
 
 def csv_cells(texts):

@@ -82,8 +82,9 @@ def run(folder, monkeypatch):
         "speechbrain.utils.logger.get_environment_description", lambda: ""
     )
 
-    # More than one part of lines, as in a large search.
-    monkeypatch.setattr(script, "_LINES_AT_ONCE", 50)
+    # Several rounds of parts of lines, as in a large search.
+    monkeypatch.setattr(script, "_LINES_AT_ONCE", 7)
+    monkeypatch.setattr(script, "_LINE_THREADS", 3)
 
     def run(yaml=DU, picture=False, **flags):
         draw = report_figure if picture else lambda *_: Figure(figsize=(1, 1))
