@@ -15,6 +15,7 @@ one.)
 
 import copy
 import ctypes
+import datetime
 import difflib
 import functools
 import logging
@@ -22,7 +23,6 @@ import math
 import os
 import shlex
 import sys
-import time
 
 import ruamel.yaml
 import speechbrain as sb
@@ -34,8 +34,9 @@ from speechbrain.utils.run_opts import RunOptions
 
 logger = logging.getLogger(__name__)
 
-# A flag that ends so names an input, which must exist before any work starts.
-_INPUT_SUFFIXES = ("_path", "_pathfile", "_csv", "_dir", "_folder")
+# A flag that ends so names a file or folder: an input, which must exist before
+# any work starts, but for these outputs.
+_PATH_SUFFIXES = ("_path", "_pathfile", "_csv", "_dir", "_folder")
 _OUTPUTS = ("output_folder", "save_folder")
 
 
@@ -217,7 +218,10 @@ def parse_arguments(argv):
             )
         if key in run_opts or key in overrides:
             raise SystemExit(f"--{key} is given twice")
-        value = _parse_value(key, value)
+        text, value = value, _parse_value(key, value)
+        is_text = isinstance(defaults.get(key), str) or _is_path(key)
+        if is_text and isinstance(value, bool | int | float):
+            value = text  # the experiment 007 is not the experiment 7
         if value is None:
             if defaults.get(key) is not None:
                 logger.warning(
@@ -231,7 +235,7 @@ def parse_arguments(argv):
     recursive_update(inherited, overrides)
     overrides = inherited
     for key, value in overrides.items():
-        is_input = key.endswith(_INPUT_SUFFIXES) and key not in _OUTPUTS
+        is_input = _is_path(key) and key not in _OUTPUTS
         if is_input and value and not os.path.exists(str(value)):
             raise SystemExit(f"--{key}={value} does not exist")
     # SpeechBrain takes one of the two; the YAML files set minutes.
@@ -323,10 +327,11 @@ def name_output_folder(hparams_file, overrides):
             "To start a new one from another, use --ssl_checkpoints_dir and "
             "--ssl_checkpointer."
         )
-    if "output_folder" in overrides:
+    if "output_folder" in overrides or "time_stamp" in overrides:
         return True
     if "time_stamp" in _top_level(hparams_file):
-        stamp = time.strftime("%Y-%m-%d+%H-%M-%S")
+        # To the microsecond: jobs of an array start together.
+        stamp = f"{datetime.datetime.now():%Y-%m-%d+%H-%M-%S-%f}"
         overrides["time_stamp"] = ddp_broadcast(stamp, src=0)
         return False
     return True
@@ -358,7 +363,14 @@ def resume_command(argv, output_folder, same_command):
             launcher.append(f"--nnodes={machines}")
     if not same_command:
         replaced = ("--resume_interrupt", "--prev_ckpt_dir")
-        argv = [a for a in argv if a.partition("=")[0] not in replaced] + [
+        kept, key = [], ""
+        for token in argv:
+            # One without dashes is the value of the flag before it.
+            if token.startswith("--"):
+                key = token.partition("=")[0]
+            if key not in replaced:
+                kept.append(token)
+        argv = kept + [
             "--resume_interrupt=True",
             f"--prev_ckpt_dir={os.path.join(output_folder, 'save')}",
         ]
@@ -445,6 +457,10 @@ def _top_level(hparams_file, changes=None):
     with open(hparams_file, encoding="utf-8") as file:
         changes = copy.deepcopy(changes)
         return ruamel.yaml.YAML().load(resolve_references(file, changes))
+
+
+def _is_path(key):
+    return key.endswith(_PATH_SUFFIXES)
 
 
 def _parse_value(key, text):

@@ -12,6 +12,7 @@ The loss is CLIP's symmetric one (arXiv 2103.00020, Figure 3), with CLAP's
 encoders (arXiv 2206.04769).
 """
 
+import hashlib
 import logging
 import math
 import os
@@ -59,7 +60,7 @@ class CLAPBrain(sb.Brain):
 
     def compute_forward(self, batch, stage):
         """PairBatch -> audio and text embeddings (batch, d), scale."""
-        self.note_unreadable(batch)
+        self.note_unreadable(batch.unreadable, self.unreadable, self.num_clips)
         batch.to(self.device)
         return self.modules.clap(batch.wavs, batch.tokens)
 
@@ -68,7 +69,7 @@ class CLAPBrain(sb.Brain):
         audio, text, scale = predictions
         gather = gather_with_gradient if stage == sb.Stage.TRAIN else _itself
         audio_targets, text_targets = self.targets(batch, stage, gather)
-        return contrastive_loss(
+        loss = contrastive_loss(
             audio,
             text,
             gather(audio),
@@ -78,6 +79,18 @@ class CLAPBrain(sb.Brain):
             audio_targets,
             text_targets,
         )
+        # SpeechBrain leaves such losses out of the mean: the broken model
+        # would have a loss of 0, and take the place of the best checkpoint.
+        if stage == sb.Stage.VALID and not loss.isfinite():
+            raise RuntimeError(
+                f"The validation loss is {loss.item()}: the network, or the "
+                "statistics of its batch norms, are not finite, as after an "
+                "overflow in fp16. Nothing of this epoch was saved. Start anew "
+                "with --ssl_checkpoints_dir="
+                f"{self.checkpointer.checkpoints_dir} or without it, and a "
+                "lower --base_lr, or --precision=bf16"
+            )
+        return loss
 
     def targets(self, batch, stage, gather):
         """What the similarities should be.
@@ -132,8 +145,8 @@ class CLAPBrain(sb.Brain):
     def cosine_lr(self):
         """Learning rate of the current step: linear warm-up, then cosine."""
         first, last = self.hparams.base_lr, self.hparams.final_lr
-        batches = len(self.train_sampler) * self.hparams.number_of_epochs
-        total = max(batches // self.grad_accumulation_factor, 1)
+        an_epoch = len(self.train_sampler) // self.grad_accumulation_factor
+        total = an_epoch * self.hparams.number_of_epochs
         warmup = min(self.hparams.warmup_steps, total - 1)
         if self.optimizer_step < warmup:
             return first * (self.optimizer_step + 1) / warmup
@@ -152,15 +165,30 @@ class CLAPBrain(sb.Brain):
         """Hold the scale in range."""
         self.hparams.clap.clamp_logit_scale()
 
-    def note_unreadable(self, batch):
-        """Report unreadable audio once, and stop when it is too much."""
-        for path in batch.unreadable.keys() - self.unreadable.keys():
-            logger.warning("Skipping %s: %s", path, batch.unreadable[path])
-        self.unreadable |= batch.unreadable
-        if len(self.unreadable) > self.hparams.max_bad_audio * self.num_clips:
+    def note_unreadable(self, reasons, known, num_clips):
+        """Report unreadable audio once, and stop when it is too much.
+
+        Arguments
+        ---------
+        reasons : dict
+            Path -> why it cannot be read.
+        known : dict
+            The same of all files before; it is added to.
+        num_clips : int
+            How many files there are.
+
+        Raises
+        ------
+        RuntimeError
+            They are a larger fraction than max_bad_audio.
+        """
+        for path in reasons.keys() - known.keys():
+            logger.warning("Skipping %s: %s", path, reasons[path])
+        known |= reasons
+        if len(known) > self.hparams.max_bad_audio * num_clips:
             raise RuntimeError(
-                f"{len(self.unreadable)} of {self.num_clips} audio files "
-                "cannot be read, more than the fraction max_bad_audio="
+                f"{len(known)} of {num_clips} audio files cannot be read, more "
+                "than the fraction max_bad_audio="
                 f"{self.hparams.max_bad_audio}. They are named above: mend or "
                 "remove them, or allow more."
             )
@@ -228,6 +256,7 @@ class CLAPBrain(sb.Brain):
     def zeroshot_accuracy(self):
         """Accuracy on the validation folds of the zero-shot data set."""
         loader, true_classes, texts = self.zeroshot_set
+        paths = loader.dataset.wav_paths
         clap, correct, count = self.hparams.clap, 0, 0
         with self.evaluation_ctx:
             classes = class_embeddings(
@@ -238,6 +267,11 @@ class CLAPBrain(sb.Brain):
                 self.device,
             )
             for batch in loader:
+                self.note_unreadable(
+                    {paths[row]: why for row, why in batch.unreadable.items()},
+                    self.zeroshot_unreadable,
+                    len(paths),
+                )
                 if not batch.rows:
                     continue
                 windows = batch.windows.to(self.device, non_blocking=True)
@@ -245,7 +279,12 @@ class CLAPBrain(sb.Brain):
                 guesses = (clips @ classes.T).argmax(dim=1).cpu().numpy()
                 correct += int((guesses == true_classes[batch.rows]).sum())
                 count += len(batch.rows)
-        return correct / max(count, 1)
+        if not count:
+            raise RuntimeError(
+                f"None of the {len(paths)} clips of --data_zs_folder can be "
+                "read: there is no zero-shot accuracy to choose a checkpoint by"
+            )
+        return correct / count
 
 
 class HistoryLogger(train_logger.TrainLogger):
@@ -314,7 +353,11 @@ def train(brain):
     hparams = brain.hparams
     check_flags(hparams)
     if brain.checkpointer.find_checkpoint() is None:
-        hparams.load_weights()
+        if not hparams.load_weights():
+            logger.warning(
+                "No weights are named, by --pann_ckpt_path, --clap_ckpt_path "
+                "or --ssl_checkpoints_dir: the audio encoder starts at random"
+            )
     else:
         logger.info(
             "%s holds a run already, which is gone on with: weights that flags "
@@ -335,7 +378,7 @@ def train(brain):
     ]
     train_loader = make_train_loader(brain, manifests[:-1])
     brain.train_sampler = train_loader.batch_sampler
-    brain.unreadable = {}
+    brain.unreadable, brain.zeroshot_unreadable = {}, {}
     brain.num_clips = pd.concat(manifests)["wav_path"].nunique()
     brain.zeroshot_set = (
         make_zeroshot_set(brain) if hparams.use_zs_loader else None
@@ -354,9 +397,10 @@ def train(brain):
     )
     if brain.unreadable:
         logger.warning("%d audio files were skipped", len(brain.unreadable))
-    logger.info(
-        "The best checkpoint is %s", find_checkpoint(hparams.save_folder)
-    )
+    # With --debug, a temporary folder; with --test_only, perhaps nothing.
+    if brain.checkpointer.find_checkpoint() is not None:
+        folder = brain.checkpointer.checkpoints_dir
+        logger.info("The best checkpoint is %s", find_checkpoint(folder))
 
 
 def check_flags(hparams):
@@ -366,7 +410,16 @@ def check_flags(hparams):
             f"lr_schedule is '{hparams.lr_schedule}': give plateau or cosine"
         )
     counts = ["batch_size", "number_of_epochs", "grad_accumulation_factor"]
+    counts.append("num_ckpt_keep")
     experiment.check_numbers(vars(hparams), counts, 1, whole=True)
+    fractions = ["curation_prob", "max_bad_audio"]
+    experiment.check_numbers(vars(hparams), fractions, 0, 1)
+    # A negative one would turn gradients round.
+    if not hparams.max_grad_norm > 0:
+        raise ValueError(
+            f"--max_grad_norm={hparams.max_grad_norm}: give a number over 0, "
+            "and a large one, as 1e9, to leave gradients as they are"
+        )
     for switch, data in (
         ("curation_prob", "curation_csv"),
         ("use_zs_loader", "data_zs_folder"),
@@ -405,6 +458,21 @@ def make_train_loader(brain, manifests):
         rank=torch.distributed.get_rank() if distributed else 0,
         world_size=torch.distributed.get_world_size() if distributed else 1,
     )
+    steps, rest = divmod(len(sampler), hparams.grad_accumulation_factor)
+    if not steps:
+        raise ValueError(
+            f"An epoch has {len(sampler)} batches, fewer than "
+            f"--grad_accumulation_factor={hparams.grad_accumulation_factor} "
+            "that make a step: give a smaller one, or a smaller batch_size"
+        )
+    if rest:
+        logger.warning(
+            "The last %d of the %d batches of an epoch fill no step of "
+            "--grad_accumulation_factor=%d: their gradients are not used",
+            rest,
+            len(sampler),
+            hparams.grad_accumulation_factor,
+        )
     loader = SaveableDataLoader(
         PairDataset(manifests, hparams.reader, hparams.seed),
         batch_sampler=sampler,
@@ -459,7 +527,8 @@ def make_loggers(hparams):
                 wandb.init,
                 project=hparams.wandb_project,
                 name=hparams.experiment_name,
-                id=os.path.basename(folder),
+                # So that the same folder goes on with the same run.
+                id=hashlib.sha256(os.path.abspath(folder).encode()).hexdigest(),
                 dir=folder,
                 resume="allow",
             )

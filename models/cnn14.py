@@ -21,7 +21,8 @@ class LogMel(nn.Module):
     """Log-mel spectrogram of waveforms: short-time FFT, mel, decibels.
 
     The filterbank `melW` is state: a checkpoint brings the one it was trained
-    with. Everything is computed in fp32, also under autocast.
+    with. Everything is computed in fp32, also under autocast (on a GPU, the
+    product with it in TF32).
 
     Arguments
     ---------

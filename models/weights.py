@@ -101,8 +101,13 @@ def load_weights(
         A source that was named does not exist or holds no weights.
     ValueError
         A source does not fit the model; missing, unexpected and misshapen
-        parameters are named.
+        parameters are named. Or a checkpoint is chosen, and no folder of any.
     """
+    if ssl_checkpointer and not ssl_checkpoints_dir:
+        raise ValueError(
+            f"--ssl_checkpointer={ssl_checkpointer} chooses a checkpoint of "
+            "--ssl_checkpoints_dir, which is not given"
+        )
     computed_melW = clap.audio_encoder.base.logmel_extractor.melW.clone()
     loaded = []
     if pann_ckpt_path:

@@ -75,6 +75,14 @@ def test_values(yaml_file, tmp_path):
     assert isinstance(run_opts["max_grad_norm"], float)
 
 
+@pytest.mark.parametrize("text", ["007", "1e3", "2024_05_01", "True", "0x1"])
+def test_texts_stay_as_they_were_typed(yaml_file, tmp_path, text):
+    (tmp_path / text).touch()
+    keys = ("experiment_name", "text_prompt", "output_folder", "clap_ckpt_path")
+    _, overrides = parse(yaml_file, *(f"--{key}={text}" for key in keys))
+    assert overrides == dict.fromkeys(keys, text)
+
+
 @pytest.mark.parametrize("empty", ["", "=", "=null", "=None"])
 def test_empty_flags_are_as_if_deleted(yaml_file, empty):
     keys = ("data_folder", "ssl_checkpointer", "batch_size", "precision",
@@ -208,6 +216,12 @@ def test_output_folder(yaml_file, tmp_path):
     overrides = {}
     assert not experiment.name_output_folder(yaml_file, overrides)
     assert list(overrides) == ["time_stamp"]
+    other = {}
+    experiment.name_output_folder(yaml_file, other)
+    assert other["time_stamp"] > overrides["time_stamp"]
+    overrides = {"time_stamp": "mine"}
+    assert experiment.name_output_folder(yaml_file, overrides)
+    assert overrides == {"time_stamp": "mine"}
     overrides = {"output_folder": "x"}
     assert experiment.name_output_folder(yaml_file, overrides)
     (tmp_path / "run" / "save").mkdir(parents=True)
@@ -233,13 +247,14 @@ def test_impossible_resumes(yaml_file, overrides, message):
 
 def test_resume_command(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py"])
-    argv = ["h.yaml", "--text_prompt=a b", "--resume_interrupt=False"]
+    argv = ["h.yaml", "--resume_interrupt", "False", "--text_prompt", "a b"]
     command = experiment.resume_command(argv, "out", same_command=False)
     assert shlex.split(command) == [
         "python",
         "train.py",
         "h.yaml",
-        "--text_prompt=a b",
+        "--text_prompt",
+        "a b",
         "--resume_interrupt=True",
         "--prev_ckpt_dir=out/save",
     ]

@@ -126,7 +126,7 @@ def test_a_teacher_of_another_size(student, flags, tmp_path):
     other = flags | {"clap": network, "output_folder": tmp_path / "other"}
     microsoft_clap_train.main(argv(TEACHER, other, number_of_epochs=1))
     student |= {"teacher_checkpoints_dir": tmp_path / "other"}
-    with pytest.raises(ValueError, match=r"does not fit.*d_proj|d_proj|shape"):
+    with pytest.raises(ValueError, match="does not fit.*of another shape"):
         train(student)
     train(student, teacher="{width: 1, d_proj: 4}")
     assert len(history(tmp_path / "run")) == 2
@@ -237,7 +237,7 @@ def test_curated_audio_that_is_gone(student, tones, tmp_path):
     curated = pd.read_csv(tones / "curated.csv")
     curated["wav_path"] = "gone/" + curated["wav_path"]
     write_csv(curated, tmp_path / "gone.csv")
-    with pytest.raises((ValueError, FileNotFoundError), match=r"gone"):
+    with pytest.raises(ValueError, match="24 of 24 audio .* --curation_csv"):
         train(student, curation_csv=tmp_path / "gone.csv")
 
 

@@ -1,10 +1,14 @@
 """Training by the real command line, on tones with captions."""
 
 import math
+import sys
+import types
 
 import numpy as np
 import pandas as pd
 import pytest
+import soundfile
+import speechbrain as sb
 import torch
 import yaml
 from conftest import (
@@ -145,6 +149,120 @@ def test_zero_shot_validation_chooses_the_checkpoint(flags, tmp_path):
         train(flags, zs_valid_folds=[3])
 
 
+def break_clips(folder, count):
+    """Leave only the headers of the first clips of fold 2, in ESC-50's layout.
+
+    They are those with odd numbers.
+    """
+    for i in range(count):
+        path = folder / "audio" / f"{2 * i + 1}.wav"
+        samples, rate = soundfile.read(path)
+        soundfile.write(path, np.full_like(samples, np.nan), rate, "FLOAT")
+
+
+@pytest.mark.parametrize(("broken", "allowed"), [(1, 0.2), (1, 0.1), (6, 1)])
+def test_unreadable_audio_in_zero_shot_validation(
+    flags, tmp_path, broken, allowed
+):
+    write_esc_layout(tmp_path / "esc")
+    break_clips(tmp_path / "esc", broken)
+    flags |= {
+        "use_zs_loader": True,
+        "data_zs_folder": tmp_path / "esc",
+        "zs_labels_path": tmp_path / "esc" / "labels.csv",
+        "zs_valid_folds": [2],
+        "max_bad_audio": allowed,
+    }
+    if broken > allowed * 6:
+        with pytest.raises(RuntimeError, match="1 of 6 audio files cannot"):
+            train(flags)
+    elif broken == 6:
+        with pytest.raises(RuntimeError, match="None of the 6 clips"):
+            train(flags)
+    else:
+        train(flags)
+        accuracies = history(tmp_path / "run")["valid_acc"]
+        assert np.allclose(accuracies * 5, (accuracies * 5).round())
+        log = (tmp_path / "run" / "log.txt").read_text()
+        assert log.count("Skipping ") == 1
+
+
+def test_a_model_that_is_not_finite_replaces_no_checkpoint(
+    flags, tmp_path, monkeypatch
+):
+    ended = microsoft_clap_train.CLAPBrain.on_stage_end
+
+    def overflow(brain, stage, stage_loss, epoch=None):
+        ended(brain, stage, stage_loss, epoch)
+        if stage == sb.Stage.TRAIN and epoch == 2:
+            brain.hparams.clap.audio_encoder.base.bn0.running_mean[0] = math.nan
+
+    monkeypatch.setattr(
+        microsoft_clap_train.CLAPBrain, "on_stage_end", overflow
+    )
+    with pytest.raises(RuntimeError, match="validation loss is nan"):
+        train(flags, number_of_epochs=3)
+    assert history(tmp_path / "run")["epoch"].tolist() == [1]
+    [meta] = (tmp_path / "run" / "save").glob("CKPT+*/CKPT.yaml")
+    assert yaml.safe_load(meta.read_text())["epoch"] == 1
+
+
+def test_accumulation_and_the_cosine_count_the_same_steps(flags, tmp_path):
+    """Of 9 batches an epoch 8 make 4 steps; the ninth would be the next."""
+    train(
+        flags,
+        grad_accumulation_factor=2,
+        lr_schedule="cosine",
+        warmup_steps=2,
+        base_lr=0.01,
+        final_lr=0.001,
+    )
+    halfway = 0.001 + 0.009 * (1 + math.cos(math.pi * 2 / 6)) / 2
+    np.testing.assert_allclose(
+        history(tmp_path / "run")["lr"], [halfway, 0.001]
+    )
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "The last 1 of the 9 batches of an epoch" in log
+
+
+def test_debug_leaves_no_checkpoint(flags, tmp_path):
+    train(flags, debug=True)
+    assert len(history(tmp_path / "run")) == 2
+    assert not list((tmp_path / "run" / "save").glob("CKPT+*"))
+
+
+def test_runs_of_wandb_are_told_apart_by_their_folders(
+    flags, tmp_path, monkeypatch
+):
+    runs = []
+
+    class Wandb(types.ModuleType):
+        @staticmethod
+        def init(**kwargs):
+            runs.append(kwargs)
+            return types.SimpleNamespace(log=lambda figures, step: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb("wandb"))
+    for epochs, folder in (
+        (1, "a/teacher"),
+        (2, "a/teacher"),
+        (1, "b/teacher"),
+    ):
+        changes = {"number_of_epochs": epochs, "use_wandb": True}
+        train(flags, output_folder=tmp_path / folder, **changes)
+    first, resumed, other = (run["id"] for run in runs)
+    assert first == resumed != other
+
+
+def test_no_weights_are_told(flags, tmp_path):
+    train(flags, number_of_epochs=1)
+    told = "the audio encoder starts at random"
+    assert told in (tmp_path / "run" / "log.txt").read_text()
+    folder, save = tmp_path / "other", tmp_path / "run" / "save"
+    train(flags, output_folder=folder, ssl_checkpoints_dir=save)
+    assert told not in (folder / "log.txt").read_text()
+
+
 def test_student_starts_from_a_checkpoint(flags, tmp_path):
     train(flags)
     state = final_state(tmp_path / "run")
@@ -169,7 +287,14 @@ def test_student_starts_from_a_checkpoint(flags, tmp_path):
         ("batch_size", 500, "smaller batch_size"),
         ("clap_ckpt_path", "{}/weights.pth", "does not fit the model"),
         ("ssl_checkpoints_dir", "{}", "holds no checkpoint"),
-        ("curation_prob", 2, "needs --curation_csv"),
+        ("curation_prob", 0.5, "needs --curation_csv"),
+        ("curation_prob", 2, "--curation_prob=2: give a number from 0 to 1"),
+        ("max_bad_audio", -1, "--max_bad_audio=-1"),
+        ("max_grad_norm", -1, "--max_grad_norm=-1: give a number over 0"),
+        ("max_grad_norm", 0, "--max_grad_norm=0"),
+        ("num_ckpt_keep", 0, "--num_ckpt_keep=0: give a whole number"),
+        ("grad_accumulation_factor", 10, "has 9 batches, fewer than"),
+        ("ssl_checkpointer", "acc", "--ssl_checkpoints_dir, which is not"),
         ("use_zs_loader", True, "needs --data_zs_folder"),
         ("lr_schedule", "linear", "lr_schedule"),
         ("short_audio", "mirror", "repeat"),
@@ -178,7 +303,7 @@ def test_student_starts_from_a_checkpoint(flags, tmp_path):
 )
 def test_wrong_settings(flags, tmp_path, key, value, message):
     torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pth")
-    with pytest.raises((ValueError, OSError), match=message):
+    with pytest.raises((ValueError, OSError, SystemExit), match=message):
         train(flags, **{key: str(value).format(tmp_path)})
 
 
