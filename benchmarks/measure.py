@@ -55,6 +55,26 @@ def precisions():
     return ("fp32", "bf16") if device() == "cuda" else ("fp32", "bf16", "int8")
 
 
+def worthwhile(sides):
+    """Leave out what computes in a format that is slower here than fp32.
+
+    Arguments
+    ---------
+    sides : dict
+        Name -> tuple with the precision as its second.
+
+    Returns
+    -------
+    dict
+        The others. What is left out is said.
+    """
+    speeds = {p: product_speed(p) for p in {side[1] for side in sides.values()}}
+    slower = {p for p in speeds if speeds[p] < speeds["fp32"]}
+    for precision in sorted(slower):
+        print(f"{precision} products are slower here than fp32: left out")
+    return {k: side for k, side in sides.items() if side[1] not in slower}
+
+
 def peak_memory():
     """Largest memory of this process so far, in bytes: the GPU's, if any."""
     if device() == "cuda":
