@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.csv
 
 _BLOCK_BYTES = 2**24  # a row must be shorter
+# Python's own limit is 2**17, also for a cell.
+csv.field_size_limit(_BLOCK_BYTES)
 
 
 @contextlib.contextmanager
@@ -77,12 +79,12 @@ def read_table(path, columns=()):
     ------
     ValueError
         It cannot be read, has a row of another number of cells (a comma
-        without quotes), or lacks a column; the message begins with the path
-        and names the row.
+        without quotes) or a quote left open, or lacks a column; the message
+        begins with the path and names the row.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            names = next(csv.reader(file), [])
+            names = _checked_header(file)
         table = pa.csv.read_csv(
             path,
             # In several threads its errors do not name the row.
@@ -92,7 +94,7 @@ def read_table(path, columns=()):
                 column_types=dict.fromkeys(names, pa.string())
             ),
         )
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     lacking = [column for column in columns if column not in names]
     if lacking:
@@ -103,6 +105,23 @@ def read_table(path, columns=()):
     if len(set(names)) < len(names):
         raise ValueError(f"{path} has two columns of one name: {names}")
     return table.to_pandas()
+
+
+def _checked_header(file):
+    """Names of the columns of an open CSV file, whose quotes are all closed.
+
+    pyarrow takes one that is left open for a cell that ends with the file, and
+    so for all rows behind it.
+    """
+    names, row = [], 1
+    try:
+        for cells in csv.reader(file, strict=True):
+            names, row = names or cells, row + 1
+    except csv.Error as error:
+        raise ValueError(
+            f"Row #{row}: {error}; is a quote left open?"
+        ) from error
+    return names
 
 
 def read_lines(path):

@@ -19,6 +19,7 @@ ODD = [
     "",
     "NA",
     "007",
+    "long" * 2**16,
 ]
 
 
@@ -52,6 +53,10 @@ def test_byte_order_marks_and_windows_line_ends(tmp_path):
         (b"ID,caption\n1,rain\n2,rain, hail\n", "Row #3: Expected 2 .* got 3"),
         (b"ID,caption\n1,rain\n2\n", "Row #3: Expected 2 .* got 1"),
         (b"ID,caption\n1,rain, hail\n2,a, b\n", "Row #2: Expected 2"),
+        (b'ID,caption\n1,rain\n2,"a dog\n3,hail\n', "Row #3: unexpected end"),
+        (b'ID,caption\n1,rain\n2,a dog\n3,"hail', "Row #4: .*left open"),
+        (b'ID,caption\n1,"a dog" barks\n', "Row #2: .*left open"),
+        (b'ID,"caption\n1,rain\n', "Row #1: .*left open"),
         (b"", "Empty CSV"),
         (b"ID,caption\n1,caf\xe9\n", "cannot be read: .*(utf|UTF)"),
         (b"ID,text\n1,rain\n", r"lacks the column.*caption; its header is ID,"),
