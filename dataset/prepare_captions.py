@@ -37,7 +37,7 @@ import yaml
 
 from dataset.audio import AUDIO_SUFFIXES
 from dataset.manifest import probe_audio, read_pairs
-from files import write_csv, write_json
+from files import read_table, write_csv, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -464,7 +464,7 @@ def _collect_folder(folder, official_test_splits):
 def _audiocaps(path, found):
     """Pairs of an AudioCaps CSV."""
     pairs = []
-    for _, video, start, caption in _read_table(path, AUDIOCAPS_COLUMNS):
+    for _, video, start, caption in _read_cells(path, AUDIOCAPS_COLUMNS):
         clip = f"{video}_{start}"
         stems = (clip, f"Y{clip}", video, f"Y{video}")
         pairs.append((found.locate(stems, path) or clip, caption))
@@ -475,7 +475,7 @@ def _clotho(path, found):
     """Pairs of a Clotho CSV, five captions for each recording."""
     split = CLOTHO_NAME.fullmatch(os.path.basename(path))[1]
     pairs = []
-    for name, *captions in _read_table(path, CLOTHO_COLUMNS):
+    for name, *captions in _read_cells(path, CLOTHO_COLUMNS):
         stem = os.path.splitext(name)[0]
         wav_path = found.locate((stem,), path, split) or name
         pairs += [(wav_path, caption) for caption in captions]
@@ -524,7 +524,7 @@ def _fsd50k(path, found):
                 found.locate((name,), path, folder) or f"{name}.wav",
                 captions.get(name, ""),
             )
-            for (name,) in _read_table(path, ["fname"])
+            for (name,) in _read_cells(path, ["fname"])
         ]
     )
 
@@ -570,7 +570,7 @@ def _index(path, _):
     """Pairs of an index file, whose paths start from its folder."""
     folder = os.path.dirname(path)
     pairs = []
-    for line, cells in _read_rows(path, "\t"):
+    for line, cells in _read_index(path):
         if len(cells) != 2 or not cells[0].strip():
             raise ValueError(
                 f"{path}, line {line}: not path<TAB>caption (several captions "
@@ -594,35 +594,19 @@ def _pairs_frame(pairs):
     return pd.DataFrame(pairs, columns=["wav_path", "caption"])
 
 
-def _read_table(path, columns):
+def _read_cells(path, columns):
     """Cells of the named columns, row by row, of a CSV with a header."""
-    rows = _read_rows(path, ",")
-    header = rows[0][1] if rows else []
-    absent = [column for column in columns if column not in header]
-    if absent:
-        raise ValueError(
-            f"{path} lacks the column(s) {', '.join(absent)}; its header is "
-            f"{','.join(header)}"
-        )
-    for line, cells in rows[1:]:
-        if len(cells) != len(header):
-            raise ValueError(
-                f"{path}, line {line}: {len(cells)} cells where the header "
-                f"has {len(header)}"
-            )
-    places = [header.index(column) for column in columns]
-    return [[cells[place] for place in places] for _, cells in rows[1:]]
+    table = read_table(path, columns)[columns]
+    return table.itertuples(index=False, name=None)
 
 
-def _read_rows(path, delimiter):
-    """Rows of a delimited file that are not blank, every cell as text.
+def _read_index(path):
+    """Rows of an index file that are not blank, every cell as text.
 
     Arguments
     ---------
     path : str
         The file, in UTF-8.
-    delimiter : str
-        What stands between cells.
 
     Returns
     -------
@@ -636,7 +620,7 @@ def _read_rows(path, delimiter):
     """
     with open(path, encoding="utf-8-sig", newline="") as file:
         # Strict, or a quote left open would swallow the rest of the file.
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        reader = csv.reader(file, delimiter="\t", strict=True)
         try:
             return [(reader.line_num, cells) for cells in reader if cells]
         except UnicodeDecodeError as error:
