@@ -47,7 +47,7 @@ from models.losses import (
     gather_with_gradient,
 )
 from models.weights import find_checkpoint
-from models.zeroshot import class_embeddings, clip_embeddings
+from models.zeroshot import class_embeddings, class_scores, clip_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -276,7 +276,8 @@ class CLAPBrain(sb.Brain):
                     continue
                 windows = batch.windows.to(self.device, non_blocking=True)
                 clips = clip_embeddings(clap, windows, batch.counts)
-                guesses = (clips @ classes.T).argmax(dim=1).cpu().numpy()
+                scores = class_scores(clips, classes)
+                guesses = scores.argmax(dim=1).cpu().numpy()
                 correct += int((guesses == true_classes[batch.rows]).sum())
                 count += len(batch.rows)
         if not count:

@@ -29,6 +29,7 @@ from files import write_csv, write_json, written_whole
 from models.zeroshot import (
     bootstrap_interval,
     class_embeddings,
+    class_scores,
     clip_embeddings,
     prompted,
 )
@@ -58,7 +59,7 @@ class ZeroShotBrain(sb.Brain):
             return torch.empty(0, len(self.classes))
         windows = batch.windows.to(self.device, non_blocking=True)
         clips = clip_embeddings(self.modules.clap, windows, batch.counts)
-        return (clips @ self.classes.T).cpu()
+        return class_scores(clips, self.classes).cpu()
 
     def compute_objectives(self, predictions, batch, stage):
         """Keep the scores; the mean error rate stands in for a loss."""

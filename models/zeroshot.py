@@ -104,6 +104,25 @@ def clip_embeddings(clap, windows, counts):
     return F.normalize(means, dim=-1)
 
 
+def class_scores(clips, classes):
+    """Cosine similarities of clips and classes, in fp32 also under autocast.
+
+    Those of one clip differ in the third decimal, where bf16 makes ties.
+
+    Arguments
+    ---------
+    clips, classes : torch.Tensor
+        (clips, d_proj) and (classes, d_proj) fp32, unit-norm.
+
+    Returns
+    -------
+    torch.Tensor
+        (clips, classes) fp32.
+    """
+    with torch.autocast(clips.device.type, enabled=False):
+        return clips @ classes.T
+
+
 def bootstrap_interval(correct, confidence=0.95, resamples=10000, seed=0):
     """Percentile bootstrap interval of an accuracy.
 

@@ -14,7 +14,12 @@ from conftest import NETWORK, PITCHES, write_esc_layout, write_tone
 import microsoft_zeroshot
 from dataset.text import CaptionTokenizer
 from models.weights import AtomicCheckpointer, export_microsoft
-from models.zeroshot import bootstrap_interval, class_embeddings, prompted
+from models.zeroshot import (
+    bootstrap_interval,
+    class_embeddings,
+    class_scores,
+    prompted,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROMPT = "this is a sound of "
@@ -108,6 +113,26 @@ def test_scores_equal_plain_loops(
         of_class = table["label"] == name
         assert figures["clips"] == of_class.sum()
         assert figures["accuracy"] == pytest.approx(correct[of_class].mean())
+
+
+def test_scores_under_autocast_are_those_without():
+    torch.manual_seed(0)
+    clips, classes = (F.normalize(torch.randn(n, 512), dim=1) for n in (40, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = class_scores(clips, classes)
+    expected = (clips.double() @ classes.double().T).float()
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
+
+
+def test_scores_of_a_run_in_bf16(evaluate, clap, text_model, folder):
+    _, table = evaluate(eval_precision="bf16")
+    expected = naive_scores(clap, CaptionTokenizer(text_model), folder)
+    best = [max(expected[path]) for path in table["wav_path"]]
+    np.testing.assert_allclose(table["score1"], best, atol=0.02)
+    assert (table["score1"] != best).any()
+    # Scores themselves are not rounded so.
+    scores = torch.tensor(table["score1"].to_numpy(), dtype=torch.float32)
+    assert (scores.bfloat16() != scores).any()
 
 
 def test_what_was_not_scored_is_counted_and_named(evaluate, folder):
