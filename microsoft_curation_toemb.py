@@ -14,6 +14,7 @@ stopped run goes on by the same command and ends in the same bytes; with
 """
 
 import logging
+import math
 import os
 import sys
 
@@ -33,6 +34,7 @@ from tqdm import tqdm
 import experiment
 from curation.embeddings import (
     DONE,
+    NOT_FINITE,
     SKIPPED,
     EmbeddingWriter,
     dump_captions,
@@ -135,9 +137,15 @@ class EmbeddingBrain(sb.Brain):
                 writer.skip(list(batch.unreadable))
                 bar.update(len(batch.rows) + len(batch.unreadable))
         ddp_barrier()
+        readable = None
         if if_main_process():
-            finish_audio(writer, windows, hparams.clap.duration)
-        ddp_barrier()
+            readable = finish_audio(writer, windows, hparams.clap.duration)
+        readable = ddp_broadcast(readable, src=0)
+        if readable:
+            raise RuntimeError(
+                f"{readable} files of --audio_pathfile could not be read at "
+                "the time and can be read now: run the same command again"
+            )
 
     def dump_text(self, table):
         """Embed captions into the store `text_insper`.
@@ -249,7 +257,7 @@ def windows_of(paths, windows_per_clip, reader):
         try:
             found = reader.starts(path)
         except AudioError:
-            found = [None]
+            found = [math.nan]
         items += [path] * len(found)
         starts += found
     return CropDataset(items, reader, starts)
@@ -258,10 +266,8 @@ def windows_of(paths, windows_per_clip, reader):
 def finish_audio(writer, windows, duration):
     """Write what lies beside the audio embeddings, then the store itself.
 
-    Raises
-    ------
-    ValueError
-        All items were skipped; nothing but the list of these is left.
+    Nothing is written if a disk was away for some time: items that were
+    skipped and can be read now are left to the next run.
 
     Arguments
     ---------
@@ -271,15 +277,32 @@ def finish_audio(writer, windows, duration):
         The items; says once more why files were skipped.
     duration : float
         Length of the windows in seconds.
+
+    Returns
+    -------
+    int
+        Number of files to embed in the next run; 0 if all is written.
+
+    Raises
+    ------
+    ValueError
+        All items were skipped; nothing but the list of these is left.
     """
     paths = windows.wav_paths
     index = np.flatnonzero(writer.fate == DONE)
-    reasons = {}
-    for i in np.flatnonzero(writer.fate == SKIPPED):
-        *_, reason = windows[i]
-        reasons[paths[i]] = reason or (
-            "could not be read at the time, or its embedding is not finite"
-        )
+    reasons, readable = {}, []
+    for i in np.flatnonzero(np.isin(writer.fate, (SKIPPED, NOT_FINITE))):
+        if writer.fate[i] == NOT_FINITE:
+            reason = "its embedding is not finite"
+        else:
+            *_, reason = windows[i]
+        if reason is None:
+            readable.append(i)
+        else:
+            reasons[paths[i]] = reason
+    if readable:
+        writer.retry(readable)
+        return len({paths[i] for i in readable})
     skipped = pd.DataFrame(reasons.items(), columns=["path", "reason"])
     write_csv(skipped, f"{writer.base}_skipped.csv")
     if not len(index):
@@ -304,6 +327,7 @@ def finish_audio(writer, windows, duration):
         len(reasons),
         f" (see {writer.base}_skipped.csv)" if reasons else "",
     )
+    return 0
 
 
 def read_audio_list(path):

@@ -27,8 +27,9 @@ from files import read_lines, read_table, write_cells, write_json, written_whole
 
 logger = logging.getLogger(__name__)
 
-# What becomes of an item: not embedded yet, embedded, or left out.
-WAITING, DONE, SKIPPED = 0, 1, 2
+# What becomes of an item: not embedded yet, embedded, or left out, since it
+# could not be read or since its embedding is not finite.
+WAITING, DONE, SKIPPED, NOT_FINITE = 0, 1, 2, 3
 _COPY_ROWS = 65536
 # What embeddings may depend on besides the settings: on record, not compared.
 _PACKAGES = ("torch", "torchaudio", "speechbrain", "transformers", "numpy")
@@ -405,7 +406,7 @@ class EmbeddingWriter:
         return pending, bar
 
     def write(self, items, vectors, starts=0.0):
-        """Keep the vectors of some items; one that is not finite is skipped.
+        """Keep the vectors of some items; one that is not finite is left out.
 
         Arguments
         ---------
@@ -420,11 +421,15 @@ class EmbeddingWriter:
         self.rows[items] = vectors
         self.at[items] = starts
         finite = np.isfinite(vectors).all(axis=1)
-        self.fate[items] = np.where(finite, DONE, SKIPPED)
+        self.fate[items] = np.where(finite, DONE, NOT_FINITE)
 
     def skip(self, items):
-        """Leave some items out."""
+        """Leave some items out, which cannot be read."""
         self.fate[items] = SKIPPED
+
+    def retry(self, items):
+        """Have the next run embed some items that were left out."""
+        self.fate[items] = WAITING
 
     def finish(self, index, manifest, info):
         """Put the complete store into place, and remove what it grew from.
@@ -577,7 +582,7 @@ def dump_captions(
             bar.update(len(rows))
     ddp_barrier()
     if if_main_process():
-        unusable = np.flatnonzero(writer.fate == SKIPPED)
+        unusable = np.flatnonzero(writer.fate == NOT_FINITE)
         if len(unusable):
             raise RuntimeError(
                 f"The embeddings of {len(unusable)} captions are not finite, "

@@ -216,7 +216,8 @@ class CropDataset(WindowDataset):
     reader : dataset.audio.AudioReader
         Reads the windows.
     starts : list of float
-        Where its window starts, in seconds; None takes the centre window.
+        Where its window starts, in seconds; None takes the centre window, NaN
+        leaves the item out, since its windows are not known.
     """
 
     def __init__(self, wav_paths, reader, starts):
@@ -225,9 +226,10 @@ class CropDataset(WindowDataset):
 
     def read(self, row):
         """The window of an item, (1, samples), and where it starts."""
-        window, start = self.reader.crop(
-            self.wav_paths[row], start=self.starts[row]
-        )
+        start = self.starts[row]
+        if start is not None and math.isnan(start):
+            raise AudioError("could not be read when its windows were listed")
+        window, start = self.reader.crop(self.wav_paths[row], start=start)
         return window[None], start
 
 

@@ -19,13 +19,14 @@ from conftest import NETWORK, ROOT, torchrun, write_noise
 import microsoft_curation_toemb
 import retrieve_ds_t2t
 from curation.embeddings import (
+    SKIPPED,
     EmbeddingWriter,
     check_same_weights,
     dump_captions,
     open_embeddings,
     write_store,
 )
-from dataset.audio import AudioReader
+from dataset.audio import AudioError, AudioReader
 from dataset.text import CaptionTokenizer
 from files import written_whole
 from models.weights import AtomicCheckpointer
@@ -308,6 +309,74 @@ def test_a_file_of_another_length_has_other_windows(
     write_noise(tmp_path / "copy" / "20, $x.wav", seconds, 16000)
     with pytest.raises(ValueError, match=r"other embeddings: list \("):
         embed(**flags)
+
+
+@pytest.fixture
+def outage(world, monkeypatch):
+    """Some files cannot be read the first time."""
+    away = {str(world / f"{i}, $x.wav") for i in (3, 4, 20)}
+
+    def after(read):
+        def once(reader, path, **kwargs):
+            if path in away:
+                away.remove(path)
+                raise AudioError("is on a disk that is away")
+            return read(reader, path, **kwargs)
+
+        return once
+
+    def begin():
+        for name in ("crop", "starts"):
+            method = getattr(AudioReader, name)
+            monkeypatch.setattr(AudioReader, name, after(method))
+
+    return begin
+
+
+def test_what_can_be_read_at_the_end_is_embedded_by_the_next_run(embed, outage):
+    whole = embed("whole")
+    outage()
+    with pytest.raises(RuntimeError, match=r"^3 files .* same command again"):
+        embed("away")
+    save = whole.parents[1] / "away" / "save"
+    assert all(".partial." in path.name for path in save.iterdir())
+    embed("away")
+    assert contents(save) == contents(whole)
+    lists = [f / "audio_audioset_skipped.csv" for f in (whole, save)]
+    assert lists[0].read_bytes() == lists[1].read_bytes()
+
+
+def test_all_processes_stop_for_what_can_be_read_at_the_end(
+    embed, monkeypatch, tmp_path
+):
+    whole = embed("whole")
+    with monkeypatch.context() as stopped:
+        stopped.setattr(EmbeddingWriter, "finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            embed("two")
+    save = tmp_path / "two" / "save"
+    fates = np.load(save / "audio_audioset.partial.fate.npy", "r+")
+    fates[[3, 20]] = SKIPPED
+    fates.flush()
+
+    def main(flags):
+        torchrun("microsoft_curation_toemb.py", flags)
+
+    with pytest.raises(AssertionError, match="2 files .* can be read now"):
+        embed("two", main=main)
+    embed("two")
+    assert contents(save) == contents(whole)
+
+
+def test_files_whose_windows_are_not_known_are_left_out(embed, world, outage):
+    outage()
+    save = embed(windows_per_clip="all", text_pathfile=None)
+    skipped = pd.read_csv(save / "audio_audioset_skipped.csv")
+    names = [str(world / f"{i}, $x.wav") for i in (3, 4, 7, 9, 20)]
+    assert skipped["path"].tolist() == names
+    assert "when its windows were listed" in skipped["reason"][0]
+    manifest = open_embeddings(save, "audio_audioset").manifest
+    assert not manifest["wav_path"].isin(names).any()
 
 
 def test_nothing_that_can_be_read(embed, tmp_path):
