@@ -135,17 +135,20 @@ def similarities_to(corpus, classes):
     return np.concatenate(blocks)
 
 
-def choose(similarities, threshold, min_captions_per_class):
+def choose(similarities, captions, threshold, min_captions_per_class):
     """Rows to keep, and the class that each stands for.
 
     Arguments
     ---------
     similarities : array
         (captions, classes).
+    captions : pandas.Series
+        Their texts.
     threshold : float
         Captions whose best similarity reaches it are kept.
     min_captions_per_class : int
-        Classes with fewer get their nearest other captions as well.
+        Classes with fewer get their nearest other captions as well; equal
+        captions count once.
 
     Returns
     -------
@@ -153,14 +156,15 @@ def choose(similarities, threshold, min_captions_per_class):
         Rows in order, and the index of the class of each.
     """
     nearest = similarities.argmax(axis=1)
-    best = similarities.max(axis=1)
-    chosen = {
-        int(i): int(nearest[i]) for i in np.flatnonzero(best >= threshold)
-    }
-    counts = np.bincount(list(chosen.values()), minlength=similarities.shape[1])
+    reach = similarities.max(axis=1) >= threshold
+    chosen = {int(i): int(nearest[i]) for i in np.flatnonzero(reach)}
+    is_first = ~captions.duplicated().to_numpy()
+    counts = np.bincount(
+        nearest[reach & is_first], minlength=similarities.shape[1]
+    )
     for k in np.flatnonzero(counts < min_captions_per_class):
         order = np.argsort(-similarities[:, k], kind="stable")
-        free = [int(i) for i in order if int(i) not in chosen]
+        free = [int(i) for i in order if is_first[i] and int(i) not in chosen]
         for i in free[: min_captions_per_class - counts[k]]:
             chosen[i] = int(k)
     rows = np.array(sorted(chosen), dtype=int)
@@ -259,6 +263,7 @@ def main(argv):
     similarities = similarities_to(corpus, brain.embed_classes(texts))
     rows, classes = choose(
         similarities,
+        table["caption"],
         hparams["sim_threshold"],
         hparams["min_captions_per_class"],
     )

@@ -687,14 +687,34 @@ def test_domain_specific_captions(
     pd.testing.assert_frame_equal(again, chosen)
 
 
+def chosen_rows(similarities, captions, *limits):
+    rows, classes = retrieve_ds_t2t.choose(
+        np.array(similarities), pd.Series(list(captions)), *limits
+    )
+    return rows.tolist(), classes.tolist()
+
+
 def test_classes_without_captions_are_topped_up():
-    similarities = np.array([[0.9, 0.1], [0.8, 0.5], [0.2, 0.6], [0.3, 0.4]])
-    rows, classes = retrieve_ds_t2t.choose(similarities, 0.7, 0)
-    assert (rows.tolist(), classes.tolist()) == ([0, 1], [0, 0])
-    rows, classes = retrieve_ds_t2t.choose(similarities, 0.7, 2)
-    assert (rows.tolist(), classes.tolist()) == ([0, 1, 2, 3], [0, 0, 1, 1])
-    rows, classes = retrieve_ds_t2t.choose(similarities, 0.7, 1)
-    assert (rows.tolist(), classes.tolist()) == ([0, 1, 2], [0, 0, 1])
+    similarities = [[0.9, 0.1], [0.8, 0.5], [0.2, 0.6], [0.3, 0.4]]
+    expected = {
+        0: ([0, 1], [0, 0]),
+        1: ([0, 1, 2], [0, 0, 1]),
+        2: ([0, 1, 2, 3], [0, 0, 1, 1]),
+    }
+    for least, found in expected.items():
+        assert chosen_rows(similarities, "abcd", 0.7, least) == found
+
+
+def test_equal_captions_count_once_for_a_class():
+    a, b, c, d = [0.9, 0.1], [0.2, 0.6], [0.3, 0.4], [0.6, 0.3]
+    similarities = [a, b, b, a, c, d]
+    expected = {
+        0: ([0, 3], [0, 0]),
+        1: ([0, 1, 3], [0, 1, 0]),
+        2: ([0, 1, 3, 4, 5], [0, 1, 0, 1, 0]),
+    }
+    for least, found in expected.items():
+        assert chosen_rows(similarities, "abbacd", 0.7, least) == found
 
 
 def test_class_lists(tmp_path):
