@@ -65,7 +65,7 @@ class ZeroShotSet:
         Arguments
         ---------
         folds : list
-            Names or numbers of folds.
+            Names or numbers of folds, or a single one.
         flag : str
             The flag that named them, for the error.
 
@@ -78,6 +78,8 @@ class ZeroShotSet:
         ValueError
             The data set lacks one of them; the message names those it has.
         """
+        if not isinstance(folds, list):
+            folds = [folds]
         known = sorted(self.clips["fold"].unique(), key=lambda f: (len(f), f))
         absent = [str(fold) for fold in folds if str(fold) not in known]
         if absent or not folds:

@@ -237,6 +237,14 @@ def test_tut_parts(tut):
         ids(evaluation, "development")
 
 
+def test_a_single_fold_is_a_list_of_one(tut):
+    data = prepare_zeroshot("tut", str(tut))
+    for fold, ID in (("development", "development/b1"), (3, "development/a1")):
+        assert data.of_folds(fold, "folds").clips["ID"].tolist() == [ID]
+    with pytest.raises(ValueError, match=r"^--folds=\['a'\]: .* 1, 3, eval"):
+        data.of_folds("a", "folds")
+
+
 def test_tut_meta_is_preferred_to_evaluate(tut):
     evaluation = tut / "TUT-acoustic-scenes-2017-evaluation"
     put(evaluation / "meta.txt", "audio/a1.wav\tbus\tx\n")

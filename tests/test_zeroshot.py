@@ -177,12 +177,13 @@ def test_prompt_flags(evaluate):
     assert default["prompts"] == [PROMPT]
 
 
-def test_folds(evaluate):
-    results, table = evaluate(folds=[2])
+@pytest.mark.parametrize("folds", ["[2]", "2"])
+def test_folds(evaluate, folds):
+    results, table = evaluate(folds=folds)
     assert set(table["fold"]) == {2}
     assert list(results["folds"]) == ["2"]
     with pytest.raises(ValueError, match=r"folds=\[7\].*1, 2"):
-        evaluate(folds=[7])
+        evaluate(folds=folds.replace("2", "7"))
 
 
 def test_other_data_sets(evaluate, tmp_path):
