@@ -217,6 +217,8 @@ def _read_esc(data_folder, esc10):
     meta = read_table(meta_path, columns)
     paths = [os.path.join(root, "audio", name) for name in meta["filename"]]
     listed = _listed(meta_path, 2, paths, meta["category"], meta["fold"])
+    # Other data sets in this layout may have a folder for each class.
+    listed["ID"] = [os.path.splitext(name)[0] for name in meta["filename"]]
     return listed[meta["esc10"] == "True"] if esc10 else listed
 
 
@@ -337,11 +339,11 @@ def _check_listed(listed, labels, labels_path, esc10):
         raise ValueError(
             "The metadata lists no clips" + (" of ESC-10" if esc10 else "")
         )
-    again = listed[listed["ID"].duplicated()]
+    again = listed[listed["wav_path"].duplicated()]
     if len(again):
         raise ValueError(
-            f"{again['source'].iloc[0]}: the clip '{again['ID'].iloc[0]}' is "
-            "listed before"
+            f"{again['source'].iloc[0]}: the clip "
+            f"'{again['wav_path'].iloc[0]}' is listed before"
         )
     unknown = listed[~listed["label"].isin(labels["label"])]
     if len(unknown):

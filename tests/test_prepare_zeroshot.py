@@ -199,6 +199,17 @@ def test_esc_layout_with_other_classes(esc, tmp_path):
     assert data.clips["label"].tolist() == ["dog"]
 
 
+def test_esc_layout_with_folders(esc):
+    meta = "filename,fold,category\ndog/001.wav,1,dog\nrain/001.wav,2,rain\n"
+    put(esc / "meta/esc50.csv", meta)
+    for name in ("dog", "rain"):
+        wavs(esc / "audio" / name, "001.wav")
+    assert rows(prepare_zeroshot("esc", str(esc))) == [
+        ("dog/001", f"{esc}/audio/dog/001.wav", "dog", "1"),
+        ("rain/001", f"{esc}/audio/rain/001.wav", "rain", "2"),
+    ]
+
+
 def test_us8k(us8k):
     data = prepare_zeroshot("us8k", str(us8k))
     audio = f"{us8k}/audio"
@@ -313,7 +324,7 @@ def test_tut_rows_count_from_the_first_line(tut):
 
 def test_clip_listed_twice(esc):
     put(esc / "meta/esc50.csv", ESC_HEADER + ESC_ROWS + ESC_ROWS)
-    with pytest.raises(ValueError, match=r"row 5: .*'1-7-A-0'"):
+    with pytest.raises(ValueError, match=r"row 5: .*/1-7-A-0.wav'"):
         prepare_zeroshot("esc", str(esc))
 
 
