@@ -86,7 +86,7 @@ class CaptionBrain(sb.Brain):
         wanted = {**settings, "list": text_hash(table["caption"])}
         path = os.path.join(hparams.emb_dir, "text_insper.json")
         if os.path.exists(path):
-            found = open_embeddings(hparams.emb_dir, "text_insper")
+            found = open_embeddings(hparams.emb_dir, "text_insper", "caption")
             there = found.info["settings"]
             different = [k for k in wanted if there.get(k) != wanted[k]]
             if not different:
@@ -110,7 +110,7 @@ class CaptionBrain(sb.Brain):
             replaces=True,
             noprogressbar=self.noprogressbar,
         )
-        return open_embeddings(hparams.emb_dir, stem)
+        return open_embeddings(hparams.emb_dir, stem, "caption")
 
 
 def similarities_to(corpus, classes):

@@ -577,9 +577,11 @@ def main(argv):
     check_settings(hparams, run_opts["device"])
     folder = hparams["emb_dir"]
     audio = open_embeddings(
-        folder, hparams["audio_stem"], hparams["aud_ds_path"]
+        folder, hparams["audio_stem"], "wav_path", hparams["aud_ds_path"]
     )
-    text = open_embeddings(folder, hparams["text_stem"], hparams["txt_ds_path"])
+    text = open_embeddings(
+        folder, hparams["text_stem"], "caption", hparams["txt_ds_path"]
+    )
     check_same_weights(audio, text)
     retrieve(audio, text, hparams, run_opts)
     experiment.finish()

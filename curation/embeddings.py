@@ -75,7 +75,7 @@ class Embeddings:
         return block
 
 
-def open_embeddings(emb_dir, stem, manifest_path=None):
+def open_embeddings(emb_dir, stem, column, manifest_path=None):
     """Open a store and check that its parts belong together.
 
     Arguments
@@ -84,6 +84,9 @@ def open_embeddings(emb_dir, stem, manifest_path=None):
         Folder of the store.
     stem : str
         Its name: "audio_audioset", "text_insper", "esc_insper_t2t".
+    column : str
+        What its rows are embeddings of, "wav_path" or "caption", which the
+        manifest must have.
     manifest_path : str
         The manifest, if it is not `<stem>.csv`, `<stem>_ds.csv` or
         `<stem>_files.txt` in that folder.
@@ -97,8 +100,8 @@ def open_embeddings(emb_dir, stem, manifest_path=None):
     FileNotFoundError
         The array or its manifest is absent.
     ValueError
-        The parts disagree: another number of rows, or a manifest that was
-        edited after embedding.
+        The manifest lacks the column, or the parts disagree: another number
+        of rows, or a manifest that was edited after embedding.
     """
     path = os.path.join(emb_dir, f"{stem}_embeddings.npy")
     if not os.path.exists(path):
@@ -121,11 +124,12 @@ def open_embeddings(emb_dir, stem, manifest_path=None):
         manifest_path = next(filter(os.path.exists, paths), None)
     if manifest_path is None:
         raise FileNotFoundError(f"{path} has no manifest {' or '.join(names)}")
-    manifest = _read_manifest(manifest_path)
+    manifest = _read_manifest(manifest_path, column)
     own = os.path.join(emb_dir, f"{stem}.csv")
-    if manifest_path.endswith(".txt") and os.path.exists(own):
-        # The list of the same files, which lacks the windows' times.
-        whole = _read_manifest(own)
+    lacks_times = column == "wav_path" and "start" not in manifest
+    if lacks_times and os.path.exists(own):
+        # A list of the same files, perhaps.
+        whole = _read_manifest(own, column)
         if whole["wav_path"].equals(manifest["wav_path"]):
             manifest = whole
     if len(manifest) != len(vectors):
@@ -136,7 +140,7 @@ def open_embeddings(emb_dir, stem, manifest_path=None):
     info, record = None, os.path.join(emb_dir, f"{stem}.json")
     if os.path.exists(record):
         info = read_record(record, ("settings", "manifest"))
-        if info["manifest"] != manifest_hash(manifest):
+        if info["manifest"] != manifest_hash(manifest, column):
             raise ValueError(
                 f"{manifest_path} was changed after its embeddings were made: "
                 "restore it, or embed again"
@@ -146,24 +150,20 @@ def open_embeddings(emb_dir, stem, manifest_path=None):
     return Embeddings(vectors, manifest, info, path)
 
 
-def _read_manifest(path):
+def _read_manifest(path, column):
     """A manifest with every cell as text, `start` and `end` as seconds.
 
     Raises
     ------
     ValueError
-        It cannot be read, or has neither captions nor paths, or a time that
-        is no number.
+        It cannot be read, lacks the column, or has a time that is no number.
     """
-    if path.endswith(".txt"):
-        paths = pd.Series(read_lines(path), dtype="str")
-        return pd.DataFrame({"wav_path": paths, "start": np.nan})
-    manifest = read_table(path)
-    if not {"caption", "wav_path"}.intersection(manifest.columns):
-        raise ValueError(
-            f"{path} is no manifest: it lacks the columns wav_path and "
-            f"caption; its header is {','.join(manifest.columns)}"
-        )
+    if not path.endswith(".txt"):
+        manifest = read_table(path, [column])
+    elif column == "wav_path":
+        manifest = pd.DataFrame({"wav_path": read_lines(path)}, dtype="str")
+    else:
+        raise ValueError(f"{path} lists files: give a CSV with a {column}")
     for name in manifest.columns.intersection(["start", "end"]):
         try:
             manifest[name] = pd.to_numeric(manifest[name])
@@ -265,11 +265,12 @@ def text_hash(texts):
     return digest.hexdigest()
 
 
-def manifest_hash(manifest):
+def manifest_hash(manifest, column):
     """Hash of what the rows are embeddings of: captions, or path and start."""
-    if "caption" in manifest:
+    if column == "caption":
         return text_hash(manifest["caption"].tolist())
-    paths, starts = manifest["wav_path"].tolist(), manifest["start"].tolist()
+    paths = manifest["wav_path"].tolist()
+    starts = manifest.reindex(columns=["start"])["start"].tolist()
     return text_hash(f"{p}\n{start!r}" for p, start in zip(paths, starts))
 
 
@@ -510,9 +511,11 @@ def write_store(base, parts, manifest, settings, info, manifest_path=None):
         file.flush()
         with contextlib.suppress(FileNotFoundError):
             os.remove(f"{base}.json")
+    column = "caption" if "caption" in manifest else "wav_path"
+    written = _read_manifest(manifest_path, column)
     record = {
         "settings": settings,
-        "manifest": manifest_hash(_read_manifest(manifest_path)),
+        "manifest": manifest_hash(written, column),
         "rows": len(manifest),
         "dtype": "float16",
         "versions": {

@@ -95,7 +95,7 @@ def test_rows_are_the_embeddings_of_their_manifest(
     embed, world, clap, text_model
 ):
     save = embed()
-    audio = open_embeddings(save, "audio_audioset")
+    audio = open_embeddings(save, "audio_audioset", "wav_path")
     names = [i for i in range(40) if i not in (7, 9)]
     paths = [str(world / f"{i}, $x.wav") for i in names]
     assert audio.manifest["wav_path"].tolist() == paths
@@ -116,7 +116,7 @@ def test_rows_are_the_embeddings_of_their_manifest(
         str(world / "7, $x.wav"),
         str(world / "9, $x.wav"),
     ]
-    text = open_embeddings(save, "text_insper")
+    text = open_embeddings(save, "text_insper", "caption")
     assert text.manifest["caption"].tolist() == CAPTIONS
     assert text.manifest["ID"].tolist() == list("abcde")
     tokenize = CaptionTokenizer(text_model)
@@ -133,7 +133,7 @@ def test_rows_are_the_embeddings_of_their_manifest(
 
 def test_all_windows(embed):
     save = embed(windows_per_clip="all", text_pathfile=None)
-    manifest = open_embeddings(save, "audio_audioset").manifest
+    manifest = open_embeddings(save, "audio_audioset", "wav_path").manifest
     # Clip 30 is 2.5 s long.
     clip = manifest[manifest["wav_path"].str.endswith("/30, $x.wav")]
     assert clip["start"].tolist() == [0, 1, 1.5]
@@ -147,6 +147,7 @@ def test_the_mean_is_that_of_all_windows(embed, monkeypatch):
         open_embeddings(
             embed(name, windows_per_clip=name, text_pathfile=None),
             "audio_audioset",
+            "wav_path",
         )
         for name in ("all", "mean")
     )
@@ -375,7 +376,7 @@ def test_files_whose_windows_are_not_known_are_left_out(embed, world, outage):
     names = [str(world / f"{i}, $x.wav") for i in (3, 4, 7, 9, 20)]
     assert skipped["path"].tolist() == names
     assert "when its windows were listed" in skipped["reason"][0]
-    manifest = open_embeddings(save, "audio_audioset").manifest
+    manifest = open_embeddings(save, "audio_audioset", "wav_path").manifest
     assert not manifest["wav_path"].isin(names).any()
 
 
@@ -404,7 +405,7 @@ def test_items_that_nobody_embedded_are_not_forgotten(tmp_path):
     assert pending == [0, 1, 2, 3, 4]
     rest.write([3], torch.ones(1, 2))
     rest.finish(np.array([0, 1, 3, 4]), table, {})
-    assert len(open_embeddings(tmp_path, "x")) == 4
+    assert len(open_embeddings(tmp_path, "x", "caption")) == 4
 
 
 def test_embeddings_that_are_not_finite(tmp_path):
@@ -434,7 +435,7 @@ def test_a_clip_whose_embedding_is_not_finite_is_skipped(
         microsoft_curation_toemb.EmbeddingBrain, "embed_audio", overflow
     )
     save = embed(text_pathfile=None)
-    store = open_embeddings(save, "audio_audioset")
+    store = open_embeddings(save, "audio_audioset", "wav_path")
     assert len(store) == 37 and np.isfinite(store.block(0, 37)).all()
     skipped = pd.read_csv(save / "audio_audioset_skipped.csv")
     assert skipped["path"][0] == str(world / "3, $x.wav")
@@ -499,7 +500,7 @@ def test_captions_are_encoded_once_each_by_number_of_tokens(tmp_path):
     settings = {"weights": "a"}
     dump_captions(tmp_path, "x", table, words_of, encode, 3, 2, settings)
     assert calls == [["a", "long", "b b"], ["c c c", "d d d d"]]
-    rows = open_embeddings(tmp_path, "x").vectors[:, 0].tolist()
+    rows = open_embeddings(tmp_path, "x", "caption").vectors[:, 0].tolist()
     assert rows == [5, 4, 3, 4, 7, 5, 1]
 
 
@@ -531,7 +532,7 @@ def test_a_store_in_the_making_of_another_order_is_not_gone_on_with(tmp_path):
     with pytest.raises(ValueError, match="partial.json is .* list"):
         dump(lambda captions: map(len, captions), encode)
     dump(words_of, lambda captions: 2 * torch.ones(1, 2))
-    rows = open_embeddings(tmp_path, "x").vectors[:, 0].tolist()
+    rows = open_embeddings(tmp_path, "x", "caption").vectors[:, 0].tolist()
     assert rows == [1, 2, 1]
 
 
@@ -569,17 +570,17 @@ def test_stores_that_do_not_belong_together(embed):
     manifest = save / "text_insper.csv"
     manifest.write_text(manifest.read_text().replace("rain", "ruin"))
     with pytest.raises(ValueError, match="was changed after"):
-        open_embeddings(save, "text_insper")
+        open_embeddings(save, "text_insper", "caption")
     manifest.write_text("".join(manifest.read_text().splitlines(True)[:-1]))
     with pytest.raises(ValueError, match="4 rows and .* 5"):
-        open_embeddings(save, "text_insper")
-    audio = open_embeddings(save, "audio_audioset")
-    other = open_embeddings(save, "audio_audioset")
+        open_embeddings(save, "text_insper", "caption")
+    audio = open_embeddings(save, "audio_audioset", "wav_path")
+    other = open_embeddings(save, "audio_audioset", "wav_path")
     other.info["settings"]["weights"] = "0" * 64
     with pytest.raises(ValueError, match="different weights"):
         check_same_weights(audio, other)
     with pytest.raises(FileNotFoundError, match="emb_dir"):
-        open_embeddings(save, "typo")
+        open_embeddings(save, "typo", "caption")
 
 
 @pytest.mark.parametrize(
@@ -589,10 +590,10 @@ def test_stores_that_do_not_belong_together(embed):
         ("text_insper_embeddings.npy", None, "not a whole .npy file"),
         ("text_insper.json", b"{}", "no record .*'manifest'|'settings'"),
         ("text_insper.json", b"{", "is no record of embeddings"),
-        ("text_insper.csv", b"ID,text\n1,a\n", "is no manifest: it lacks"),
+        ("text_insper.csv", b"wav_path,text\nb,a\n", "lacks .* caption; its"),
         (
             "text_insper.csv",
-            b"wav_path,start\na,soon\n",
+            b"caption,start\na,soon\n",
             "start: .*soon",
         ),
     ],
@@ -604,16 +605,32 @@ def test_broken_files_of_a_store_are_named(embed, name, content, message):
         content = path.read_bytes()[:-10]
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
-        open_embeddings(str(save), "text_insper")
+        open_embeddings(str(save), "text_insper", "caption")
     assert str(caught.value).startswith(str(path))
 
 
-def test_the_list_of_files_as_manifest(embed):
+def test_manifests_that_lack_what_is_needed(embed, tmp_path):
+    save = embed()
+    for stem, column, name, content in (
+        ("text_insper", "caption", "files.txt", "a.wav\n"),
+        ("audio_audioset", "wav_path", "captions.csv", "caption\nrain\n"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=rf"^\S*/{name} .*{column}"):
+            open_embeddings(save, stem, column, f"{tmp_path}/{name}")
+
+
+@pytest.mark.parametrize("ending", ["txt", "csv"])
+def test_a_list_of_files_as_manifest(embed, tmp_path, ending):
     """It has no times, but the store's own manifest of the same files has."""
     save = embed(text_pathfile=None)
-    own = open_embeddings(save, "audio_audioset")
+    own = open_embeddings(save, "audio_audioset", "wav_path")
     listed = f"{save}/audio_audioset_files.txt"
-    store = open_embeddings(save, "audio_audioset", listed)
+    if ending == "csv":
+        listed = f"{tmp_path}/list.csv"
+        table = own.manifest[["wav_path"]].assign(caption="rain")
+        table.to_csv(listed, index=False)
+    store = open_embeddings(save, "audio_audioset", "wav_path", listed)
     pd.testing.assert_frame_equal(store.manifest, own.manifest)
     assert store.manifest["start"].max() > 0
 
@@ -622,7 +639,7 @@ def test_stores_of_other_programs_are_normalised(tmp_path, caplog):
     rows = np.array([[3, 4], [0, 0], [0.6, 0.8]], np.float32)
     np.save(tmp_path / "x_embeddings.npy", rows)
     (tmp_path / "x_files.txt").write_text("a\nb\nc\n")
-    store = open_embeddings(tmp_path, "x")
+    store = open_embeddings(tmp_path, "x", "wav_path")
     assert "no record" in caplog.text
     expected = np.array([[0.6, 0.8], [0, 0], [0.6, 0.8]], np.float32)
     np.testing.assert_allclose(store.block(0, 3), expected, atol=1e-6)
@@ -677,8 +694,8 @@ def test_domain_specific_captions(
     names = np.array(["dog", "rain"])[similarities.argmax(axis=1)]
     assert chosen["class"].tolist() == names[expected].tolist()
     np.testing.assert_allclose(chosen["similarity"], best[expected], atol=2e-3)
-    store = open_embeddings(save, "own_insper_t2t")
-    corpus = open_embeddings(save, "text_insper")
+    store = open_embeddings(save, "own_insper_t2t", "caption")
+    corpus = open_embeddings(save, "text_insper", "caption")
     assert np.array_equal(store.vectors, corpus.vectors[expected])
     # Without the embedding run's store the captions are embedded anew.
     fresh = tmp_path / "fresh"
@@ -771,8 +788,8 @@ def test_the_embedding_runs_captions_are_reused(
     choose_captions(save, sim_threshold=-1)
     assert not list(save.glob("*corpus*"))
     assert "is not used" not in capsys.readouterr().out
-    chosen = open_embeddings(save, "own_insper_t2t")
-    corpus = open_embeddings(save, "text_insper")
+    chosen = open_embeddings(save, "own_insper_t2t", "caption")
+    corpus = open_embeddings(save, "text_insper", "caption")
     assert np.array_equal(chosen.vectors, corpus.vectors)
     assert chosen.info["settings"] == corpus.info["settings"]
     assert chosen.info["text_prompt"] == "the sound of"
@@ -788,7 +805,7 @@ def test_other_captions_replace_the_scripts_own_store(
         other.write_text(f"caption\n{name}\n")
         chosen = choose_captions(save, sim_threshold=-1, target_csv_path=other)
         assert chosen["caption"].tolist() == [name]
-        corpus = open_embeddings(save, "own_t2t_corpus")
+        corpus = open_embeddings(save, "own_t2t_corpus", "caption")
         assert corpus.manifest["caption"].tolist() == [name]
         assert "text_insper in" in capsys.readouterr().out
 
@@ -910,7 +927,7 @@ def test_a_disk_that_fills_leaves_the_store_before(small_disk):
     with pytest.raises(OSError, match=r"x_embeddings\.npy cannot be written"):
         write(1000)
     assert sorted(path.name for path in small_disk.iterdir()) == names
-    assert len(open_embeddings(small_disk, "x")) == 3
+    assert len(open_embeddings(small_disk, "x", "caption")) == 3
 
 
 def test_a_store_in_the_making_has_its_place_on_the_disk(tmp_path):
