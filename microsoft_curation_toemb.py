@@ -29,7 +29,6 @@ from speechbrain.utils.distributed import (
     if_main_process,
 )
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import experiment
 from curation.embeddings import (
@@ -45,6 +44,7 @@ from curation.embeddings import (
 )
 from curation.similarity import product_seconds
 from dataset.audio import AudioError
+from dataset.manifest import of_headers
 from dataset.pipelines import CropDataset, WindowDataset, collate_windows
 from files import read_lines, write_csv, written_whole
 from models.packed import pack_weights
@@ -96,7 +96,12 @@ class EmbeddingBrain(sb.Brain):
             Audio files, each once.
         """
         hparams = self.hparams
-        windows = windows_of(paths, hparams.windows_per_clip, hparams.reader)
+        windows = windows_of(
+            paths,
+            hparams.windows_per_clip,
+            hparams.reader,
+            self.noprogressbar or not if_main_process(),
+        )
         all_windows = hparams.windows_per_clip == "all"
         starts = windows.starts if all_windows else []
         writer = EmbeddingWriter(
@@ -221,7 +226,7 @@ def precision_of_folder(save_folder):
     return "auto"
 
 
-def windows_of(paths, windows_per_clip, reader):
+def windows_of(paths, windows_per_clip, reader, hides_bar):
     """The windows to embed, an item for each row.
 
     Arguments
@@ -233,6 +238,8 @@ def windows_of(paths, windows_per_clip, reader):
         each, "mean" for the mean over these, as in zero-shot evaluation.
     reader : dataset.audio.AudioReader
         Reads them.
+    hides_bar : bool
+        Whether to show no progress where all files are looked into.
 
     Returns
     -------
@@ -252,15 +259,16 @@ def windows_of(paths, windows_per_clip, reader):
             f"windows_per_clip is '{windows_per_clip}': give centre, mean or "
             "all"
         )
-    items, starts = [], []
-    for path in tqdm(paths, "lengths", unit="file"):
+
+    def starts_in(path):
         try:
-            found = reader.starts(path)
+            return reader.starts(path)
         except AudioError:
-            found = [math.nan]
-        items += [path] * len(found)
-        starts += found
-    return CropDataset(items, reader, starts)
+            return [math.nan]
+
+    starts = of_headers(starts_in, paths, hides_bar)
+    items = [path for path, some in zip(paths, starts) for _ in some]
+    return CropDataset(items, reader, [s for some in starts for s in some])
 
 
 def finish_audio(writer, windows, duration):

@@ -15,6 +15,11 @@ from tqdm import tqdm
 from dataset.audio import AudioError, probe_seconds
 from files import read_table
 
+# Headers wait for the disk, not the processor.
+_THREADS = 16
+# Each that waits for a thread takes 2 kB.
+_FILES_AT_ONCE = 2**14
+
 
 def read_pairs(path, flag, audio_folder=None):
     """Read a CSV of audio-caption pairs.
@@ -71,15 +76,13 @@ def read_pairs(path, flag, audio_folder=None):
     return frame[first + [c for c in frame.columns if c not in first]]
 
 
-def probe_audio(paths, threads=16):
+def probe_audio(paths):
     """Look into the header of every audio file.
 
     Arguments
     ---------
     paths : iterable of str
         Audio files; each distinct one is opened once.
-    threads : int
-        Files opened at a time (headers wait for the disk, not the processor).
 
     Returns
     -------
@@ -97,16 +100,41 @@ def probe_audio(paths, threads=16):
             return str(error)
 
     paths = list(dict.fromkeys(paths))
-    with ThreadPoolExecutor(threads) as pool:
-        results = list(
-            tqdm(
-                pool.map(probe, paths),
-                total=len(paths),
-                desc="audio headers",
-                unit="file",
-                disable=len(paths) < 1000,
-            )
-        )
+    results = of_headers(probe, paths, hides_bar=len(paths) < 1000)
     seconds = {p: r for p, r in zip(paths, results) if isinstance(r, float)}
     failed = {p: r for p, r in zip(paths, results) if isinstance(r, str)}
     return seconds, failed
+
+
+def of_headers(look, paths, hides_bar):
+    """What a function finds in the header of every file.
+
+    Arguments
+    ---------
+    look : callable
+        Path -> anything; runs in threads.
+    paths : list of str
+        Audio files.
+    hides_bar : bool
+        Whether to show no progress.
+
+    Returns
+    -------
+    list
+        In the order of the paths.
+    """
+    results = []
+    with (
+        ThreadPoolExecutor(_THREADS) as pool,
+        tqdm(
+            total=len(paths),
+            desc="audio headers",
+            unit="file",
+            disable=hides_bar,
+        ) as bar,
+    ):
+        for i in range(0, len(paths), _FILES_AT_ONCE):
+            for result in pool.map(look, paths[i : i + _FILES_AT_ONCE]):
+                results.append(result)
+                bar.update()
+    return results

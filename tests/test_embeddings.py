@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -27,6 +28,7 @@ from curation.embeddings import (
     write_store,
 )
 from dataset.audio import AudioError, AudioReader
+from dataset.manifest import of_headers
 from dataset.text import CaptionTokenizer
 from files import written_whole
 from models.weights import AtomicCheckpointer
@@ -540,6 +542,35 @@ def test_a_store_in_the_making_of_another_order_is_not_gone_on_with(tmp_path):
 def test_progress_can_be_turned_off(embed, capsys, show):
     embed(noprogressbar=not show, text_pathfile=None)
     assert ("40/40" in capsys.readouterr().err) == show
+    flags = {"windows_per_clip": "all", "text_pathfile": None}
+    embed("all", noprogressbar=not show, **flags)
+    assert ("audio headers: 100%" in capsys.readouterr().err) == show
+
+
+def test_the_main_process_alone_shows_that_headers_are_read(
+    embed, capsys, monkeypatch
+):
+    monkeypatch.setattr(EmbeddingWriter, "__init__", interrupt)
+    for is_main in (True, False):
+        monkeypatch.setattr(
+            microsoft_curation_toemb, "if_main_process", lambda x=is_main: x
+        )
+        with pytest.raises(KeyboardInterrupt):
+            embed(windows_per_clip="all", text_pathfile=None)
+        assert ("audio headers" in capsys.readouterr().err) == is_main
+
+
+def test_headers_are_read_in_threads(monkeypatch):
+    monkeypatch.setattr("dataset.manifest._FILES_AT_ONCE", 24)
+    together = threading.Barrier(8)
+
+    def look(path):
+        together.wait(timeout=30)
+        return path.upper()
+
+    names = [f"{i}.wav" for i in range(40)]
+    found = of_headers(look, names, hides_bar=True)
+    assert found == [name.upper() for name in names]
 
 
 @pytest.mark.parametrize(
