@@ -567,8 +567,12 @@ def retrieve(audio, text, hparams, run_opts):
 
 def main(argv):
     """Retrieve as the command line says."""
-    # Before the start, which needs it to place its logs.
-    if "emb_dir" not in experiment.parse_arguments(argv)[2]:
+    # Before the start, which drops options, and needs a place for its logs.
+    _, options, overrides = experiment.parse_arguments(argv)
+    for key in ("precision", "eval_precision", "auto_mix_prec"):
+        if key in options:
+            raise SystemExit(f"--{key}: give --search_precision to this script")
+    if "emb_dir" not in overrides:
         raise SystemExit(
             "Name the embeddings: --emb_dir=<output_folder>/save of "
             "microsoft_curation_toemb.py"

@@ -412,6 +412,15 @@ def test_flags_that_make_no_sense(run):
             run(**{name: value})
 
 
+@pytest.mark.parametrize("flag", [
+    {"precision": "bf16"}, {"eval_precision": "bf16"}, {"auto_mix_prec": True}
+])  # fmt: skip
+def test_precisions_of_networks_are_refused(run, flag):
+    [name] = flag
+    with pytest.raises(SystemExit, match=f"^--{name}: .* --search_precision"):
+        run(**flag)
+
+
 def test_stores_of_different_size_are_refused(run, folder):
     vectors = np.eye(30, 8, dtype=np.float16)
     np.save(folder / "text_insper_embeddings.npy", vectors)
