@@ -112,6 +112,17 @@ def require_weights(hparams):
         )
 
 
+def require_one_process():
+    """Stop a script that cannot share its work if torchrun started it.
+
+    Raises
+    ------
+    SystemExit
+    """
+    if torch.distributed.is_initialized():
+        raise SystemExit("This script runs in one process: without torchrun")
+
+
 def refuse_training_options(run_opts):
     """Stop a script that only evaluates if it is told how to train.
 

@@ -20,7 +20,6 @@ import speechbrain as sb
 import torch
 import transformers
 from matplotlib.figure import Figure
-from speechbrain.utils.distributed import if_main_process
 from torch.utils.data import DataLoader
 
 import experiment
@@ -73,10 +72,9 @@ class ZeroShotBrain(sb.Brain):
         """Write the results."""
         if not self.rows:
             raise RuntimeError("None of the clips could be read")
-        if if_main_process():
-            clips = self.data.clips.iloc[self.rows].reset_index(drop=True)
-            scores = torch.cat(self.scores).numpy()
-            self.write(clips, self.truth[self.rows], scores)
+        clips = self.data.clips.iloc[self.rows].reset_index(drop=True)
+        scores = torch.cat(self.scores).numpy()
+        self.write(clips, self.truth[self.rows], scores)
 
     def write(self, clips, truth, scores):
         """Write results.json, predictions.csv and confusion_matrix.png.
@@ -233,6 +231,7 @@ def confusion_figure(truth, guesses, names, accuracy):
 def main(argv):
     """Evaluate as the command line says."""
     hparams, run_opts = experiment.start(argv)
+    experiment.require_one_process()
     experiment.require_weights(hparams)
     experiment.refuse_training_options(run_opts)
     experiment.check_numbers(hparams, ["batch_size"], 1, whole=True)
@@ -252,7 +251,6 @@ def main(argv):
         pin_memory=brain.device_type == "cuda",
     )
     brain.evaluate(loader)
-    experiment.finish()
 
 
 if __name__ == "__main__":

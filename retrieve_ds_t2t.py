@@ -18,7 +18,6 @@ import sys
 
 import numpy as np
 import speechbrain as sb
-import torch
 from speechbrain.utils.autocast import AMPConfig
 
 import experiment
@@ -239,8 +238,7 @@ def class_names(hparams):
 def main(argv):
     """Choose captions as the command line says."""
     hparams, run_opts = experiment.start(argv)
-    if torch.distributed.is_initialized():
-        raise SystemExit("This script runs in one process: without torchrun")
+    experiment.require_one_process()
     for flag in ("target_csv_path", "emb_dir"):
         if not hparams[flag]:
             raise SystemExit(f"Give --{flag}")

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from conftest import NETWORK, PITCHES, write_esc_layout, write_tone
+from conftest import NETWORK, PITCHES, torchrun, write_esc_layout, write_tone
 
 import microsoft_zeroshot
 from dataset.text import CaptionTokenizer
@@ -212,6 +212,15 @@ def test_other_data_sets(evaluate, tmp_path):
     assert results["labels"]["city_center"] == [
         "this is a sound of city center"
     ]
+
+
+def test_torchrun_is_refused(evaluate, monkeypatch):
+    def main(argv):
+        torchrun("microsoft_zeroshot.py", argv)
+
+    monkeypatch.setattr(microsoft_zeroshot, "main", main)
+    with pytest.raises(AssertionError, match="one process: without torchrun"):
+        evaluate()
 
 
 def test_every_flag_may_be_empty(evaluate):
