@@ -61,7 +61,7 @@ class ZeroShotBrain(sb.Brain):
         return class_scores(clips, self.classes).cpu()
 
     def compute_objectives(self, predictions, batch, stage):
-        """Keep the scores; the mean error rate stands in for a loss."""
+        """Keep the scores; the number of errors stands in for a loss."""
         self.scores.append(predictions)
         self.rows += batch.rows
         self.unreadable |= batch.unreadable
