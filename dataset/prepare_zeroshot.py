@@ -387,7 +387,8 @@ def caption_folds(data, folds, text_prompt):
     folds : list of str
         Folds to take.
     text_prompt : str
-        The name of the class comes behind it.
+        "{}" in it stands for the name of the class; without one, the name
+        comes behind it.
 
     Returns
     -------
@@ -402,8 +403,11 @@ def caption_folds(data, folds, text_prompt):
     data = data.of_folds(folds, "folds")
     pairs = data.clips
     texts = dict(zip(data.labels["label"], data.labels["text"]))
+    # As models.zeroshot.prompted, which is not imported here.
+    if "{}" not in text_prompt:
+        text_prompt = text_prompt.rstrip() + " {}"
     pairs["caption"] = [
-        f"{text_prompt.rstrip()} {texts[label]}" for label in pairs["label"]
+        text_prompt.replace("{}", texts[label]) for label in pairs["label"]
     ]
     return pairs[["ID", "wav_path", "caption", "fold"]]
 

@@ -404,15 +404,19 @@ def test_command(esc, tmp_path, capsys):
     assert capsys.readouterr().out == f"2 pairs in {output}\n"
 
 
-def test_command_options(esc, tmp_path):
+@pytest.mark.parametrize(
+    ("prompt", "caption"),
+    [("I hear a", "I hear a hound"), ("I hear {} now", "I hear hound now")],
+)
+def test_command_options(esc, tmp_path, prompt, caption):
     output = tmp_path / "train.csv"
     put(tmp_path / "labels.csv", "label,text\ndog,hound\ncrackling_fire,f\n")
     main(
         ["esc", str(esc), "--folds", "1", "--output", str(output), "--esc10"]
         + ["--labels_path", str(tmp_path / "labels.csv")]
-        + ["--text_prompt", "I hear a"]
+        + ["--text_prompt", prompt]
     )
-    assert read(output)["caption"].tolist() == ["I hear a hound"]
+    assert read(output)["caption"].tolist() == [caption]
 
 
 def test_command_refuses_a_fold_that_is_not_there(us8k, tmp_path):
