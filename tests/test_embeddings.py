@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import numpy as np
 import pandas as pd
@@ -175,48 +174,55 @@ def contents(save):
     return [(save / name).read_bytes() for name in STORES]
 
 
+# Kills itself when a third batch is on disk.
+KILLED = """
+import itertools
+import os
+import signal
+import sys
+
+import microsoft_curation_toemb
+from curation.embeddings import EmbeddingWriter
+
+write, calls = EmbeddingWriter.write, itertools.count(1)
+
+def write_and_die(*args):
+    write(*args)
+    if next(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+EmbeddingWriter.write = write_and_die
+microsoft_curation_toemb.main(sys.argv[1:])
+"""
+
+
 def test_killed_and_resumed_gives_the_same_bytes(
     embed, world, text_model, tmp_path
 ):
     whole = embed("whole")
+    flags = argv(
+        "microsoft_audioset_insper_toemb",
+        world,
+        text_model,
+        audio_pathfile=world / "list.txt",
+        text_pathfile=world / "captions.csv",
+        output_folder=tmp_path / "killed",
+        num_workers=0,
+        audio_bs=4,
+        text_bs=2,
+        precision="fp32",
+    )
 
-    def run():
-        flags = argv(
-            "microsoft_audioset_insper_toemb",
-            world,
-            text_model,
-            audio_pathfile=world / "list.txt",
-            text_pathfile=world / "captions.csv",
-            output_folder=tmp_path / "killed",
-            num_workers=0,
-            audio_bs=4,
-            text_bs=2,
-            precision="fp32",
-        )
-        return subprocess.Popen(
-            [sys.executable, "microsoft_curation_toemb.py", *flags],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+    def run(*script):
+        command = [sys.executable, *script, *flags]
+        return subprocess.run(command, cwd=ROOT, capture_output=True).returncode
 
-    process = run()
     save = tmp_path / "killed" / "save"
-    fates = save / "audio_audioset.partial.fate.npy"
-
-    def has_begun():
-        try:
-            return np.load(fates).any()
-        except (FileNotFoundError, EOFError, ValueError):
-            return False  # the file is not there yet, or not whole
-
-    while not has_begun():
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert run("-c", KILLED) == -signal.SIGKILL
+    fates = np.load(save / "audio_audioset.partial.fate.npy")
+    assert 0 < np.count_nonzero(fates) < len(fates)
     assert not (save / "audio_audioset.json").exists()
-    assert run().wait() == 0
+    assert run("microsoft_curation_toemb.py") == 0
     assert contents(save) == contents(whole)
     assert not list(save.glob("*.partial*"))
 
