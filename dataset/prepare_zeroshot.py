@@ -303,12 +303,12 @@ def _find_root(data_folder, name):
     ]
     if not roots:
         raise FileNotFoundError(
-            f"--data_folder={data_folder} holds no {name}; looked there and in "
+            f"The folder {data_folder} holds no {name}; looked there and in "
             "the folders below it"
         )
     if roots[0] != data_folder and len(roots) > 1:
         raise ValueError(
-            f"--data_folder={data_folder} holds {name} more than once: give "
+            f"The folder {data_folder} holds {name} more than once: give "
             f"one of {', '.join(roots)}"
         )
     return roots[0]
