@@ -13,6 +13,7 @@ encoders (arXiv 2206.04769).
 """
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -40,16 +41,19 @@ from dataset.pipelines import (
     WindowDataset,
     collate_windows,
 )
-from files import write_csv, written_whole
+from files import write_csv, write_json, written_whole
 from models.losses import (
     contrastive_loss,
     contrastive_targets,
     gather_with_gradient,
 )
-from models.weights import find_checkpoint
+from models.weights import SETTINGS_FILE, find_checkpoint, hearing_of
 from models.zeroshot import class_embeddings, class_scores, clip_embeddings
 
 logger = logging.getLogger(__name__)
+
+# Of the validation set, with which its loss is hardly more than chance.
+_FEW_RECORDINGS = 20
 
 
 class CLAPBrain(sb.Brain):
@@ -57,6 +61,11 @@ class CLAPBrain(sb.Brain):
 
     `train` sets what it needs besides the constructor's arguments.
     """
+
+    # Flags that a run keeps to its end.
+    settings = ("seed", "batch_size", "grad_accumulation_factor")
+    settings += ("base_lr", "final_lr", "lr_schedule", "warmup_steps")
+    settings += ("curation_prob",)
 
     def compute_forward(self, batch, stage):
         """PairBatch -> audio and text embeddings (batch, d), scale."""
@@ -353,7 +362,8 @@ def train(brain):
     """
     hparams = brain.hparams
     check_flags(hparams)
-    if brain.checkpointer.find_checkpoint() is None:
+    is_new = brain.checkpointer.find_checkpoint() is None
+    if is_new:
         if not hparams.load_weights():
             logger.warning(
                 "No weights are named, by --pann_ckpt_path, --clap_ckpt_path "
@@ -379,6 +389,7 @@ def train(brain):
     ]
     train_loader = make_train_loader(brain, manifests[:-1])
     brain.train_sampler = train_loader.batch_sampler
+    record_settings(brain, names, is_new)
     brain.unreadable, brain.zeroshot_unreadable = {}, {}
     brain.num_clips = pd.concat(manifests)["wav_path"].nunique()
     brain.zeroshot_set = (
@@ -388,13 +399,7 @@ def train(brain):
     brain.fit(
         hparams.epoch_counter,
         train_loader,
-        DataLoader(
-            PairDataset(manifests[-1:], hparams.reader, hparams.seed),
-            batch_size=hparams.batch_size,
-            collate_fn=PairCollator(hparams.tokenizer),
-            num_workers=hparams.num_workers,
-            persistent_workers=hparams.num_workers > 0,
-        ),
+        make_valid_loader(hparams, manifests[-1]),
     )
     if brain.unreadable:
         logger.warning("%d audio files were skipped", len(brain.unreadable))
@@ -402,6 +407,51 @@ def train(brain):
     if brain.checkpointer.find_checkpoint() is not None:
         folder = brain.checkpointer.checkpoints_dir
         logger.info("The best checkpoint is %s", find_checkpoint(folder))
+
+
+def record_settings(brain, names, is_new):
+    """Write down what a run began with, or refuse to go on with other ones.
+
+    Arguments
+    ---------
+    brain : CLAPBrain
+        With its sampler.
+    names : list of str
+        Manifests in the save folder.
+    is_new : bool
+        Whether there is no checkpoint to go on from.
+
+    Raises
+    ------
+    ValueError
+        What differs is named.
+    """
+    hparams = brain.hparams
+    settings = {name: getattr(hparams, name) for name in brain.settings}
+    settings["step"] = f"{brain.train_sampler.global_batch_size} pairs"
+    for name in names:
+        with open(f"{hparams.save_folder}/{name}.csv", "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        settings[f"{name}.csv"] = digest[:12]
+    path = os.path.join(brain.checkpointer.checkpoints_dir, SETTINGS_FILE)
+    if is_new or not os.path.exists(path):
+        record = {"training": settings, "network": hearing_of(hparams.clap)}
+        run_on_main(write_json, args=[record, path])
+        return
+    with open(path, encoding="utf-8") as file:
+        began = json.load(file)["training"]
+    different = [
+        f"{name} ({began.get(name)} -> {settings.get(name)})"
+        for name in {**began, **settings}
+        if began.get(name) != settings.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"{hparams.output_folder} began with other settings, and a run "
+            f"keeps them: {', '.join(different)}. Give the same again, or "
+            "start a new run from this one's weights: another --output_folder, "
+            f"and --ssl_checkpoints_dir={hparams.save_folder}"
+        )
 
 
 def check_flags(hparams):
@@ -485,6 +535,40 @@ def make_train_loader(brain, manifests):
     )
     brain.checkpointer.add_recoverable("dataloader-TRAIN", loader)
     return loader
+
+
+def make_valid_loader(hparams, manifest):
+    """Loader of the validation pairs, in their order.
+
+    Arguments
+    ---------
+    hparams : SimpleNamespace
+    manifest : pandas.DataFrame
+        The pairs.
+
+    Returns
+    -------
+    torch.utils.data.DataLoader
+    """
+    recordings = manifest["wav_path"].nunique()
+    if recordings < _FEW_RECORDINGS:
+        logger.warning(
+            "The validation set has %d recordings, whose loss tells little of "
+            "which checkpoint is the best: raise --valid_pct, choose by "
+            "accuracy with --use_zs_loader, or take the latest",
+            recordings,
+        )
+    # As equal as can be: among fewer pairs the loss is lower, and SpeechBrain's
+    # mean counts all batches alike.
+    count = -(-len(manifest) // hparams.batch_size)
+    batches = np.array_split(np.arange(len(manifest)), count)
+    return DataLoader(
+        PairDataset([manifest], hparams.reader, hparams.seed),
+        batch_sampler=[batch.tolist() for batch in batches],
+        collate_fn=PairCollator(hparams.tokenizer),
+        num_workers=hparams.num_workers,
+        persistent_workers=hparams.num_workers > 0,
+    )
 
 
 def make_zeroshot_set(brain):

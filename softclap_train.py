@@ -45,6 +45,8 @@ class SoftCLAPBrain(CLAPBrain):
     not wrapped for several processes, and not in the student's checkpoints.
     """
 
+    settings = (*CLAPBrain.settings, "softclap_beta", "softclap_tau")
+
     def targets(self, batch, stage, gather):
         """The hard targets and, in training, the teacher's view of the pairs.
 

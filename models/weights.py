@@ -10,6 +10,7 @@ Three forms are read, and nothing in them is executed:
 """
 
 import hashlib
+import json
 import logging
 import os
 import pathlib
@@ -32,6 +33,11 @@ _ARRAY_TYPES = [
 
 _DFT = "spectrogram_extractor.stft.conv_{}.weight"
 _PARTIAL_META = f"{METAFNAME}.partial"
+
+# Beside the checkpoints of a run: what it was trained with.
+SETTINGS_FILE = "settings.json"
+# Settings of the network that the shapes of its parameters do not tell.
+_HEARING = ("sample_rate", "window_size", "hop_size", "duration")
 
 
 class AtomicCheckpointer(Checkpointer):
@@ -101,7 +107,8 @@ def load_weights(
         A source that was named does not exist or holds no weights.
     ValueError
         A source does not fit the model; missing, unexpected and misshapen
-        parameters are named. Or a checkpoint is chosen, and no folder of any.
+        parameters are named, or how the model heard in its training. Or a
+        checkpoint is chosen, and no folder of any.
     """
     if ssl_checkpointer and not ssl_checkpoints_dir:
         raise ValueError(
@@ -122,6 +129,7 @@ def load_weights(
         path = find_checkpoint(ssl_checkpoints_dir, ssl_checkpointer)
         state = read_state(path, "ssl_checkpoints_dir")
         _load_strict(clap, state, path)
+        _check_hearing(clap, path, recompute_mel)
         loaded.append(("ssl_checkpoints_dir", path))
     melW = clap.audio_encoder.base.logmel_extractor.melW
     if recompute_mel:
@@ -136,6 +144,21 @@ def load_weights(
         {"source": flag, "path": str(path), "sha256": _sha256(path)}
         for flag, path in loaded
     ]
+
+
+def hearing_of(clap):
+    """How a model hears: for a run's `SETTINGS_FILE`, under `network`.
+
+    Arguments
+    ---------
+    clap : models.clap.CLAP
+
+    Returns
+    -------
+    dict
+        Name of the setting -> value.
+    """
+    return {name: getattr(clap, name) for name in _HEARING}
 
 
 def find_checkpoint(folder, which=None):
@@ -312,6 +335,38 @@ def _load_strict(module, state, path):
         )
     module.load_state_dict(state)
     logger.info("Loaded %d parameters from %s", len(state), path)
+
+
+def _check_hearing(clap, path, may_differ):
+    """Raise if a model would hear otherwise than in its training.
+
+    Arguments
+    ---------
+    clap : models.clap.CLAP
+    path : pathlib.Path
+        Its weights, in the checkpoint's folder in the run's; other runs than
+        those of this toolkit have no record of it.
+    may_differ : bool
+        Whether to go on with a warning. A change of the windows' length is
+        no more than that, since the network takes any.
+    """
+    record = path.parents[1] / SETTINGS_FILE
+    if not record.exists():
+        return
+    trained = json.loads(record.read_text())["network"]
+    different = {
+        name: f"{name} {trained[name]} in training, {value} now"
+        for name, value in hearing_of(clap).items()
+        if value != trained[name]
+    }
+    if different.keys() - {"duration"} and not may_differ:
+        raise ValueError(
+            f"{path} does not fit the model: {'; '.join(different.values())}. "
+            "Give the same --clap as in its training (another training may "
+            "change it, with --recompute_mel=True)"
+        )
+    if different:
+        logger.warning("%s: %s", path, "; ".join(different.values()))
 
 
 def _sha256(path):

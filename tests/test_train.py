@@ -76,12 +76,71 @@ def test_a_complete_run_is_told(flags, tmp_path, capsys):
     train(flags, number_of_epochs=1)
     before = final_state(tmp_path / "run")
     assert "nothing is trained" not in capsys.readouterr().out
-    train(flags, number_of_epochs=1, base_lr=0.1)
+    train(flags, number_of_epochs=1)
     assert "a complete run of 1 epochs: nothing is" in capsys.readouterr().out
     after = final_state(tmp_path / "run")
     assert all(torch.equal(before[name], after[name]) for name in before)
     train(flags, number_of_epochs=2)
     assert "nothing is trained" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 2}, r"batch_size \(4 -> 2\), step \(4 .* -> 2 pairs"),
+        ({"base_lr": 0.01}, r"base_lr \(0.0001 -> 0.01\)\. "),
+        (
+            {"curation_prob": 0.5},
+            r"curation_prob \(0 -> 0.5\), curated_raw.csv",
+        ),
+        ({"valid_pct": 0.5}, r"train_raw.csv \(\w+ -> \w+\), valid_raw.csv"),
+    ],
+)
+def test_a_run_keeps_the_settings_that_it_began_with(
+    flags, tones, changes, message
+):
+    train(flags, number_of_epochs=1)
+    if "curation_prob" in changes:
+        changes["curation_csv"] = f"{tones}/curated.csv"
+    with pytest.raises(ValueError, match=message):
+        train(flags, **changes)
+
+
+def test_weights_hear_as_in_their_training(flags, tmp_path):
+    train(flags, number_of_epochs=1)
+    flags |= {
+        "output_folder": tmp_path / "other",
+        "ssl_checkpoints_dir": tmp_path / "run",
+    }
+
+    def network(**changes):
+        return {"clap": str(yaml.safe_load(flags["clap"]) | changes)}
+
+    for name, value in {"sample_rate": 18000, "hop_size": 300}.items():
+        message = rf"{name} \d+ in training, {value} now\. Give the same --clap"
+        with pytest.raises(ValueError, match=message):
+            train(flags, **network(**{name: value}))
+    train(flags, **network(sample_rate=18000, duration=1.5), recompute_mel=True)
+    log = (tmp_path / "other" / "log.txt").read_text()
+    assert "sample_rate 16000 in training, 18000 now; duration 1 in" in log
+
+
+@pytest.mark.parametrize(
+    ("pairs", "sizes"), [(20, [10, 10]), (3, [3]), (39, [13, 13, 13])]
+)
+def test_validation_batches_are_of_one_size(pairs, sizes, caplog):
+    manifest = pd.DataFrame(
+        {"wav_path": [f"{i // 2}.wav" for i in range(pairs)], "caption": "a"}
+    )
+    hparams = types.SimpleNamespace(
+        batch_size=19, reader=None, seed=0, tokenizer=None, num_workers=0
+    )
+    loader = microsoft_clap_train.make_valid_loader(hparams, manifest)
+    batches = list(loader.batch_sampler)
+    assert [len(batch) for batch in batches] == sizes
+    assert np.concatenate(batches).tolist() == list(range(pairs))
+    assert ("has 2 recordings" in caplog.text) == (pairs == 3)
+    assert ("recordings, whose" in caplog.text) == (pairs < 39)
 
 
 def test_it_learns(flags, tmp_path):
