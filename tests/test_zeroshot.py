@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import re
+import textwrap
 
 import numpy as np
 import pandas as pd
@@ -13,7 +15,11 @@ from conftest import NETWORK, PITCHES, torchrun, write_esc_layout, write_tone
 
 import microsoft_zeroshot
 from dataset.text import CaptionTokenizer
-from models.weights import AtomicCheckpointer, export_microsoft
+from models.weights import (
+    AtomicCheckpointer,
+    export_microsoft,
+    load_weights,
+)
 from models.zeroshot import (
     bootstrap_interval,
     class_embeddings,
@@ -113,6 +119,28 @@ def test_scores_equal_plain_loops(
         of_class = table["label"] == name
         assert figures["clips"] == of_class.sum()
         assert figures["accuracy"] == pytest.approx(correct[of_class].mean())
+
+
+def test_the_notebook_of_the_readme(clap, text_model, folder, tmp_path, capsys):
+    text = (ROOT / "README.md").read_text().partition("### In a notebook")[2]
+    block = text[text.index("    import torch") : text.index("The last line")]
+    network = "".join(f", {key}={value}" for key, value in NETWORK.items())
+    for theirs, ours in {
+        "_pretrained=False": f"_pretrained=False{network}",
+        "bert-base-uncased": text_model,
+        "results/teacher/save": f"{folder}/save",
+        "dog.wav": f"{folder}/audio/3.wav",
+        '["dog", "rain"]': str(list(PITCHES)),
+        "clap.pth": f"{tmp_path}/clap.pth",
+    }.items():
+        assert theirs in block
+        block = block.replace(theirs, ours)
+    exec(textwrap.dedent(block), {})
+    scores = naive_scores(clap, CaptionTokenizer(text_model), folder)
+    printed = re.findall(r"-?[0-9]+\.[0-9]+", capsys.readouterr().out)
+    expected = scores[f"{folder}/audio/3.wav"]
+    np.testing.assert_allclose(np.float64(printed), expected, atol=1e-4)
+    load_weights(clap, clap_ckpt_path=tmp_path / "clap.pth")
 
 
 def test_scores_under_autocast_are_those_without():
