@@ -6,6 +6,7 @@ samples are those of the whole file resampled and cut, to the last bit or two
 of the rounding.
 """
 
+import fractions
 import functools
 import math
 
@@ -17,9 +18,14 @@ import torchaudio
 # Every format that libsndfile decodes, by the file endings in use.
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif")
 
-# Resampling between rates of a ratio of large numbers, 47951:44100, takes a
-# kernel of about so many values; every common pair of rates is far below.
+# Resampling between rates of a ratio of large numbers takes a kernel of about
+# their product of values. Every common pair of rates is far below this one.
 LARGEST_KERNEL = 2**24
+# Other rates are taken for the nearest ratio with a kernel of this size, whose
+# seconds of work and hundreds of MB the larger one would cost in each process.
+# It is off by less than a thousandth, and 11024:44100, taken for 1:4, by a
+# ten thousandth.
+NEAREST_KERNEL = 2**20
 # Integers of 32 bits that someone stored as floats are still taken. Beyond,
 # spectrograms overflow.
 LOUDEST = 2.0**31
@@ -68,6 +74,22 @@ def probe_seconds(path):
         return file.frames / file.samplerate
 
 
+def nearest_ratio(orig_rate, sample_rate):
+    """The ratio in which a file is resampled, in small enough numbers.
+
+    Returns
+    -------
+    tuple
+        So many frames of the file make so many samples. Exact if its kernel
+        is not over `LARGEST_KERNEL`.
+    """
+    ratio = fractions.Fraction(orig_rate, sample_rate)
+    if ratio.numerator * ratio.denominator > LARGEST_KERNEL:
+        # About denominator**2 * ratio is the size of the kernel.
+        ratio = ratio.limit_denominator(math.isqrt(int(NEAREST_KERNEL / ratio)))
+    return ratio.numerator, ratio.denominator
+
+
 @functools.lru_cache(maxsize=32)
 def _resampler(orig_rate, sample_rate):
     """The resampler between two rates, its kernel computed once.
@@ -75,24 +97,12 @@ def _resampler(orig_rate, sample_rate):
     Returns
     -------
     tuple
-        The transform; the period (orig_rate / gcd input frames make
-        sample_rate / gcd output samples); the margin in periods that covers
-        half of the filter's support.
-
-    Raises
-    ------
-    AudioError
-        The rates have too large a ratio.
+        The transform; its period (so many input frames make so many output
+        samples); the margin in periods that covers half of the filter's
+        support.
     """
-    gcd = math.gcd(orig_rate, sample_rate)
-    period = (orig_rate // gcd, sample_rate // gcd)
-    # About the size of the kernel, which exists whole.
-    if period[0] * period[1] > LARGEST_KERNEL:
-        raise AudioError(
-            f"cannot be resampled from {orig_rate} to {sample_rate} Hz, whose "
-            f"ratio is {period[0]}:{period[1]}"
-        )
-    transform = torchaudio.transforms.Resample(orig_rate, sample_rate)
+    period = nearest_ratio(orig_rate, sample_rate)
+    transform = torchaudio.transforms.Resample(*period)
     # torchaudio's kernel reaches `width` input frames to either side.
     cutoff = min(period) * transform.rolloff
     width = math.ceil(transform.lowpass_filter_width * period[0] / cutoff)
@@ -131,8 +141,7 @@ def read_samples(file, sample_rate, begin, end):
     Raises
     ------
     AudioError
-        Nothing could be decoded there, it holds values that no audio has, or
-        its rate has no kernel of reasonable size.
+        Nothing could be decoded there, or it holds values that no audio has.
     """
     if file.samplerate == sample_rate:
         samples = _read(file, begin, min(end, file.frames))
@@ -261,7 +270,8 @@ class AudioReader:
 
     def _length(self, file):
         """Length of an open file in samples at the reader's rate."""
-        return math.ceil(file.frames * self.sample_rate / file.samplerate)
+        orig, new = nearest_ratio(file.samplerate, self.sample_rate)
+        return math.ceil(file.frames * new / orig)
 
     def _begins(self, file):
         """First samples of the windows that cover an open file."""

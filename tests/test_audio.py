@@ -9,8 +9,10 @@ from conftest import write_noise
 
 from dataset.audio import (
     LOUDEST,
+    NEAREST_KERNEL,
     AudioError,
     AudioReader,
+    nearest_ratio,
     open_audio,
     read_samples,
 )
@@ -165,12 +167,54 @@ def test_truncated_flac(tmp_path):
         reader.crop(str(path), 1.0)
 
 
-def test_a_rate_without_a_reasonable_kernel(tmp_path):
-    """The kernel of 47951:44100 would have 10^10 values."""
-    path = write_noise(tmp_path / "a.wav", 0.1, 47951)
-    with pytest.raises(AudioError, match="47951 to 44100 Hz"):
-        AudioReader(44100, 1).crop(path)
-    assert len(AudioReader(47951, 1).crop(path)[0]) == 47951
+@pytest.mark.parametrize("rate", [11024, 11127, 22255, 44056, 44101, 47951])
+def test_the_nearest_ratio_where_the_kernel_would_be_too_large(rate):
+    """The kernel of 47951:44100 would have 2 * 10^9 values."""
+
+    def error(orig, new):
+        return abs(orig * 44100 / (new * rate) - 1)
+
+    news = np.arange(1, 5000)
+    origs = np.round(news * rate / 44100)
+    errors = error(origs, news)[(origs >= 1) & (origs * news <= NEAREST_KERNEL)]
+    orig, new = nearest_ratio(rate, 44100)
+    assert error(orig, new) == pytest.approx(errors.min(), rel=1e-6)
+    assert errors.min() < 2e-4
+
+
+def test_a_tone_at_an_odd_rate_keeps_its_pitch_and_length(tmp_path):
+    seconds = np.arange(4 * 11024) / 11024
+    path = str(tmp_path / "a.wav")
+    soundfile.write(path, 0.5 * np.sin(2 * np.pi * 1000 * seconds), 11024)
+    reader = AudioReader(44100, 3.0)
+    window, start = reader.crop(path, 1.0)
+    spectrum = torch.fft.rfft(window * torch.hann_window(len(window)))
+    assert spectrum.abs().argmax() / 3.0 == pytest.approx(1000, abs=0.5)
+    assert start == pytest.approx(1, abs=1e-3)
+    assert reader.starts(path) == [0, start]
+
+
+@pytest.mark.parametrize(
+    ("rate", "taken_for"), [(11024, 11025), (44101, 44100)]
+)
+def test_windows_at_an_odd_rate_are_those_of_the_whole(
+    tmp_path, rate, taken_for
+):
+    path = write_noise(tmp_path / "a.wav", 1.5, rate, 2)
+    frames, _ = soundfile.read(path, dtype="float32", always_2d=True)
+    soundfile.write(tmp_path / "b.wav", frames, taken_for)
+    expected = whole(tmp_path / "b.wav", 44100)
+    n = len(expected)
+    for begin, end in [(0, n), (777, 9001), (n - 3001, n), (n - 1, n)]:
+        with open_audio(path) as file:
+            samples = read_samples(file, 44100, begin, end)
+        torch.testing.assert_close(
+            samples, expected[begin:end], rtol=0, atol=2e-7
+        )
+    reader = AudioReader(44100, 1.0)
+    torch.testing.assert_close(
+        reader.windows(path)[-1], expected[-44100:], rtol=0, atol=2e-7
+    )
 
 
 @pytest.mark.parametrize("value", [1e30, -1e30])
