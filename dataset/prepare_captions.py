@@ -123,7 +123,8 @@ def prepare_captions(
     seed : int
         Seed of the split.
     curation_csv : str
-        Curated pairs, a CSV as `train_csv_path`; they are not split.
+        Curated pairs, a CSV as `train_csv_path`; they are not split, and
+        those of recordings to validate on are left out.
     data_curation_folder : str
         Where relative paths in it start, instead of its own folder.
 
@@ -133,7 +134,9 @@ def prepare_captions(
         "datasets": for each one `clips`, `captions` and `hours` that can be
         used, clips `missing` and `unreadable`, captions dropped as empty
         (`no_caption`) or `duplicates`, and captions `held_out`. "train",
-        "valid" and perhaps "curated": `clips`, `captions` and `hours`.
+        "valid" and perhaps "curated": `clips`, `captions` and `hours`, and
+        of "curated" the captions left out since their recording is
+        `validated` on.
 
     Raises
     ------
@@ -203,8 +206,10 @@ def prepare_captions(
     }
     if curated is not None:
         _check_curated(curated, gone, max_bad_audio, skipped_csv)
-        write_csv(curated, os.path.join(save_folder, "curated_raw.csv"))
-        counts["curated"] = _totals(curated)
+        kept = _not_validated(curated, valid)
+        write_csv(kept, os.path.join(save_folder, "curated_raw.csv"))
+        counts["curated"] = _totals(kept)
+        counts["curated"]["validated"] = len(curated) - len(kept)
     _log_counts(counts, skipped_csv)
     write_json({"arguments": arguments, "counts": counts}, record)
     return counts
@@ -709,17 +714,24 @@ def _split(pairs, valid_pct, subset_pct, overfit_size, seed):
     depends on nothing but their names and the seed. A smaller subset is part
     of every larger one, and they all have the same validation pairs.
     """
-    clips = sorted(pairs["wav_path"].unique())
+    # A recording that several paths lead to has the name of the first.
+    names = pairs["wav_path"].groupby(_real(pairs["wav_path"])).transform("min")
+    clips = sorted(names.unique())
     random.Random(seed).shuffle(clips)
     wanted = max(round(valid_pct * len(clips)), 1)
     num_valid = min(wanted, len(clips) - 1)
     num_train = max(round(subset_pct * (len(clips) - num_valid)), 1)
     train_clips = clips[num_valid : num_valid + num_train]
-    train = pairs[pairs["wav_path"].isin(train_clips)]
+    train = pairs[names.isin(train_clips)]
     if overfit_size is not None:
         train = train.sample(frac=1, random_state=seed).head(overfit_size)
         return train, train
-    return train, pairs[pairs["wav_path"].isin(clips[:num_valid])]
+    return train, pairs[names.isin(clips[:num_valid])]
+
+
+def _real(paths):
+    """The files that paths lead to, over whatever links."""
+    return paths.map({path: os.path.realpath(path) for path in paths.unique()})
 
 
 def _curated(curation_csv, data_curation_folder):
@@ -746,6 +758,18 @@ def _check_curated(curated, gone, max_bad_audio, skipped_csv):
             "paths start from --data_curation_folder, or else from the CSV's "
             "folder."
         )
+
+
+def _not_validated(curated, valid):
+    """The curated pairs whose recordings are not validated on."""
+    validated = _real(curated["wav_path"]).isin(_real(valid["wav_path"]))
+    if validated.all():
+        raise ValueError(
+            f"--curation_csv has no pairs to train on: {len(curated)} are of "
+            "recordings to validate on (a smaller --valid_pct leaves more), "
+            "and the others have no audio or no caption"
+        )
+    return curated[~validated]
 
 
 # ---- Counts ---------------------------------------------------------------
@@ -802,6 +826,11 @@ def _log_counts(counts, skipped_csv):
         logger.info(
             "Curated: %d captions of %d clips (%.2f h)",
             *(counts["curated"][k] for k in ("captions", "clips", "hours")),
+        )
+        logger.info(
+            "%d curated captions are left out: their recordings are validated "
+            "on",
+            counts["curated"]["validated"],
         )
     logger.info(
         "Split by recording: %d captions of %d clips (%.2f h) to train on, "

@@ -578,6 +578,22 @@ def test_split_by_recording(tmp_path, save):
         }
 
 
+def test_a_recording_under_two_paths_is_one(tmp_path, save):
+    ready = ready_csv(tmp_path, clips=20, captions=1)
+    rows = [ready.read_text()]
+    for i in range(20):
+        (tmp_path / f"link{i:02}.wav").symlink_to(f"audio/{i:02}.wav")
+        rows.append(f"link{i:02}.wav,under another name")
+    linked = text(tmp_path / "linked.csv", "\n".join(rows))
+    alone = tmp_path / "alone"
+    prepare_captions(alone, train_csv_path=ready, valid_pct=0.3)
+    prepare_captions(save, train_csv_path=linked, valid_pct=0.3)
+    for name in ("train_raw.csv", "valid_raw.csv"):
+        files = [os.path.realpath(path) for path in clips(save / name)]
+        # The same as without links, each with its link.
+        assert sorted(files) == sorted(2 * list(clips(alone / name)))
+
+
 @pytest.mark.parametrize(
     ("number", "valid_pct", "expected"),
     [(2, 0.001, 1), (2, 0.99, 1), (1, 0.5, 0), (20, 0.5, 10)],
@@ -805,6 +821,36 @@ def test_curated_pairs_are_kept_whole(tmp_path, save):
     assert skipped.values.tolist() == [
         [str(tmp_path / "curated" / "gone.wav"), "missing"]
     ]
+
+
+def test_curated_pairs_of_the_validation_set_are_left_out(
+    tmp_path, save, caplog
+):
+    caplog.set_level(logging.INFO)
+    ready = ready_csv(tmp_path, clips=10)
+    names = [f"audio/{i:02}.wav" for i in range(10)]
+    (tmp_path / "link.wav").symlink_to("audio/03.wav")
+    path = curation_csv(tmp_path, [*names, *names, "link.wav"])
+    counts = prepare_captions(
+        save, train_csv_path=ready, valid_pct=0.7, curation_csv=path
+    )
+    valid, curated = (
+        [os.path.realpath(p) for p in read(save / name)["wav_path"]]
+        for name in ("valid_raw.csv", "curated_raw.csv")
+    )
+    assert str(tmp_path / "audio/03.wav") in valid
+    assert len(curated) == 6 and not set(curated) & set(valid)
+    assert counts["curated"]["captions"] == 6
+    assert counts["curated"]["validated"] == 15
+    assert "15 curated captions are left out" in caplog.text
+    curation_csv(tmp_path, ["link.wav"])
+    with pytest.raises(ValueError, match="no pairs to train on: 1 are"):
+        prepare_captions(
+            tmp_path / "other",
+            train_csv_path=ready,
+            valid_pct=0.7,
+            curation_csv=path,
+        )
 
 
 def test_curated_pairs_whose_audio_is_gone(tmp_path, save):
