@@ -18,6 +18,9 @@ import torchaudio
 # Every format that libsndfile decodes, by the file endings in use.
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".aif")
 
+# What downloads of videos are often left in.
+UNREAD_SUFFIXES = (".m4a", ".mp4", ".aac", ".webm", ".mkv", ".wma")
+
 # Resampling between rates of a ratio of large numbers takes a kernel of about
 # their product of values. Every common pair of rates is far below this one.
 LARGEST_KERNEL = 2**24
@@ -55,6 +58,11 @@ def open_audio(path):
     try:
         file = soundfile.SoundFile(path)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
+        if str(path).lower().endswith(UNREAD_SUFFIXES):
+            raise AudioError(
+                "is in a format that is not read: convert it to one of "
+                f"{' '.join(AUDIO_SUFFIXES)}"
+            ) from error
         raise AudioError(f"cannot be opened: {error}") from error
     if file.frames <= 0:
         file.close()

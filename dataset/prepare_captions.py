@@ -35,7 +35,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from dataset.audio import AUDIO_SUFFIXES
+from dataset.audio import AUDIO_SUFFIXES, UNREAD_SUFFIXES
 from dataset.manifest import probe_audio, read_pairs
 from files import read_table, write_csv, write_json
 
@@ -298,13 +298,19 @@ class _Found:
         Pairs of the data set's name and the path of an annotation file.
     fsd50k_info : dict
         File name -> paths of FSD50K's clip metadata.
-    audio : dict
-        Stem of the file name -> paths of audio files.
+    audio, unread : dict
+        Stem of the file name -> paths of audio files, and of those in formats
+        that are not read.
+    foreign : dict
+        Path of an annotation file -> a tuple of the folders of other data
+        sets, where its audio is not.
     """
 
     annotations: list = field(default_factory=list)
     fsd50k_info: dict = field(default_factory=dict)
     audio: dict = field(default_factory=dict)
+    unread: dict = field(default_factory=dict)
+    foreign: dict = field(default_factory=dict)
 
     def locate(self, stems, near, folder=None):
         """Path of the audio file with the first of the stems that is there.
@@ -316,29 +322,34 @@ class _Found:
         near : str
             The annotation file, to choose among equal names.
         folder : str
-            Name of the folder where the layout has the file.
+            Name of the folder where the layout has the file. Without one, it
+            may be in any that is not of another data set.
 
         Returns
         -------
         str
-            None if there is no such file.
+            None if there is no such file. One in a format that is not read
+            where there is no other.
         """
-        for stem in stems:
-            if stem in self.audio:
-                return _nearest(self.audio[stem], near, folder)
+
+        def fits(path):
+            if folder is None:
+                return not path.startswith(self.foreign[near])
+            return os.path.basename(os.path.dirname(path)) == folder
+
+        for audio in (self.audio, self.unread):
+            for stem in stems:
+                paths = [path for path in audio.get(stem, ()) if fits(path)]
+                if paths:
+                    return _nearest(paths, near)
         return None
 
 
-def _nearest(paths, near, folder=None):
-    """The path in the named folder, or else closest to another in the tree."""
+def _nearest(paths, near):
+    """The path closest to another in the tree."""
     if len(paths) == 1:
         return paths[0]
-
-    def rank(path):
-        elsewhere = os.path.basename(os.path.dirname(path)) != folder
-        return elsewhere, -len(os.path.commonpath((path, near))), path
-
-    return min(paths, key=rank)
+    return min(paths, key=lambda p: (-len(os.path.commonpath((p, near))), p))
 
 
 def _walk(top):
@@ -375,12 +386,29 @@ def _scan(top):
             path = os.path.join(folder, name)
             if suffix.lower() in AUDIO_SUFFIXES:
                 found.audio.setdefault(stem, []).append(path)
+            elif suffix.lower() in UNREAD_SUFFIXES:
+                found.unread.setdefault(stem, []).append(path)
             elif name in info_names:
                 found.fsd50k_info.setdefault(name, []).append(path)
             elif dataset := _recognise(folder, name):
                 found.annotations.append((dataset, path))
     found.annotations.sort()
+    tops = [(dataset, _top(path)) for dataset, path in found.annotations]
+    for dataset, path in found.annotations:
+        found.foreign[path] = tuple(
+            top
+            for other, top in tops
+            if other != dataset and not path.startswith(top)
+        )
     return found
+
+
+def _top(annotation):
+    """The folder of a data set, with a separator behind it."""
+    folder, name = os.path.split(os.path.dirname(annotation))
+    if name == "FSD50K.ground_truth":
+        return os.path.join(folder, "")
+    return os.path.join(folder, name, "")
 
 
 def _recognise(folder, name):
@@ -479,10 +507,17 @@ def _audiocaps(path, found):
 def _clotho(path, found):
     """Pairs of a Clotho CSV, five captions for each recording."""
     split = CLOTHO_NAME.fullmatch(os.path.basename(path))[1]
+    rows = [
+        (name, (os.path.splitext(name)[0],), captions)
+        for name, *captions in _read_cells(path, CLOTHO_COLUMNS)
+    ]
+    # Audio may be in a folder of another name, but then all of it is.
+    in_place = any(found.locate(stems, path, split) for _, stems, _ in rows)
+    folder = split if in_place else None
     pairs = []
-    for name, *captions in _read_cells(path, CLOTHO_COLUMNS):
-        stem = os.path.splitext(name)[0]
-        wav_path = found.locate((stem,), path, split) or name
+    for name, stems, captions in rows:
+        wav_path = found.locate(stems, path, folder)
+        wav_path = wav_path or os.path.join(folder or "", name)
         pairs += [(wav_path, caption) for caption in captions]
     return _pairs_frame(pairs)
 
@@ -526,7 +561,7 @@ def _fsd50k(path, found):
     return _pairs_frame(
         [
             (
-                found.locate((name,), path, folder) or f"{name}.wav",
+                found.locate((name,), path, folder) or f"{folder}/{name}.wav",
                 captions.get(name, ""),
             )
             for (name,) in _read_cells(path, ["fname"])
@@ -671,8 +706,9 @@ def _check_audio(seconds, failed, max_bad_audio, skipped_csv):
         raise ValueError(
             f"All {len(failed)} audio files are missing. Looked for "
             f"{_first(failed)}; bare names in any folder of "
-            "--data_annot_folder, with any of the endings "
-            f"{' '.join(AUDIO_SUFFIXES)}. All are listed in {skipped_csv}."
+            "--data_annot_folder that is not another data set's, with any of "
+            f"the endings {' '.join(AUDIO_SUFFIXES)}. All are listed in "
+            f"{skipped_csv}."
         )
     if not seconds or len(bad) > max_bad_audio * present:
         reasons = [f"{path} ({reason})" for path, reason in bad.items()]

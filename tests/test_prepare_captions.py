@@ -124,6 +124,46 @@ def test_audiocaps_as_a_spreadsheet_writes_it(data, save):
     assert pairs(save) == [("audiocaps", path, "a, b")]
 
 
+def test_audiocaps_takes_no_audio_of_other_data_sets(data, save):
+    rows = "1,aaaaaaaaaaa,30,x\n2,bbbbbbbbbbb,0,y\n3,ccccccccccc,0,z\n"
+    text(data / "AudioCaps/csv/train.csv", HEADER + rows)
+    text(data / "AudioCaps/csv/val/val.csv", HEADER + "4,ddddddddddd,0,v\n")
+    a = wav(data / "audio/aaaaaaaaaaa.wav")
+    d = wav(data / "AudioCaps/csv/ddddddddddd.wav")
+    fsd50k(data / "FSD50K", "dev", {"1": ("", "")})
+    wav(data / "FSD50K/FSD50K.dev_audio/bbbbbbbbbbb.wav")
+    text(data / "Birds/birds_index.tsv", "audio/ccccccccccc.wav\tbird\n")
+    c = wav(data / "Birds/audio/ccccccccccc.wav")
+    prepare_captions(save, data)
+    assert pairs(save) == [
+        ("audiocaps", d, "v"),
+        ("audiocaps", a, "x"),
+        ("birds_index", c, "bird"),
+    ]
+    assert skipped(save) == {
+        "bbbbbbbbbbb_0": "missing",
+        "ccccccccccc_0": "missing",
+    }
+
+
+def test_audio_in_a_format_that_is_not_read_is_not_missing(data, save):
+    rows = "1,aaaaaaaaaaa,30,x\n2,bbbbbbbbbbb,0,y\n3,ccccccccccc,0,z\n"
+    text(data / "train.csv", HEADER + rows)
+    # The whole video is there, and the clip beside it can be read.
+    text(data / "aaaaaaaaaaa_30.mp4", "video")
+    a = wav(data / "aaaaaaaaaaa.wav")
+    b = text(data / "bbbbbbbbbbb.m4a", "AAC")
+    counts = prepare_captions(save, data, max_bad_audio=0.5)
+    assert pairs(save) == [("audiocaps", a, "x")]
+    found = skipped(save)
+    assert found["ccccccccccc_0"] == "missing"
+    assert "a format that is not read: convert it" in found[str(b)]
+    count = counts["datasets"]["audiocaps"]
+    assert (count["missing"], count["unreadable"]) == (1, 1)
+    with pytest.raises(ValueError, match=r"bbb.m4a \(is in a format that"):
+        prepare_captions(save, data)
+
+
 def test_audiocaps_prefers_the_clip_over_the_whole_video(data, save):
     text(data / "train.csv", HEADER + "1,aaaaaaaaaaa,30,x\n")
     wav(data / "aaaaaaaaaaa.wav")
@@ -161,15 +201,23 @@ def test_clotho_beside_and_below_in_any_format(data, save):
     assert counts["datasets"]["clotho"]["captions"] == 15
 
 
-def test_equal_names_the_named_folder_then_the_nearest(data, save):
+def test_clotho_in_the_folder_of_its_split_alone(data, save):
     clotho(data / "z/Clotho", "development", ["same.wav", "near.wav"])
     # Nearer in the tree, and earlier in the alphabet, but not the split's.
     wav(data / "z/Clotho/a/same.wav")
     same = wav(data / "z/audio/development/same.wav")
+    wav(data / "z/audio/near.flac")
+    prepare_captions(save, data)
+    assert {path for _, path, _ in pairs(save)} == {same}
+    assert skipped(save) == {"development/near.wav": "missing"}
+
+
+def test_equal_names_the_nearest(data, save):
+    clotho(data / "z/Clotho", "development", ["near.wav"])
     wav(data / "a/near.wav")
     near = wav(data / "z/audio/near.flac")
     prepare_captions(save, data)
-    assert {path for _, path, _ in pairs(save)} == {same, near}
+    assert {path for _, path, _ in pairs(save)} == {near}
 
 
 def test_macs_text_stays_text(data, save):
@@ -231,6 +279,8 @@ def test_fsd50k_title_and_description(data, save, metadata):
         metadata,
     )
     fsd50k(root, "eval", {"7": ("Cat.m4a", "mews")}, metadata)
+    wav(data / "other/6.wav")
+    wav(root / "FSD50K.eval_audio/6.wav")
     paths = {n: wav(root / f"FSD50K.dev_audio/{n}.wav") for n in "12345"}
     paths["7"] = wav(root / "FSD50K.eval_audio/7.ogg")
     counts = prepare_captions(save, data)
@@ -242,7 +292,7 @@ def test_fsd50k_title_and_description(data, save, metadata):
         ("fsd50k", paths["7"], "Cat. mews"),
     ]
     assert counts["datasets"]["fsd50k"]["no_caption"] == 2
-    assert skipped(save) == {"6.wav": "missing"}
+    assert skipped(save) == {"FSD50K.dev_audio/6.wav": "missing"}
 
 
 def test_fsd50k_title_keeps_a_dot_that_is_no_ending(data, save):
@@ -352,8 +402,10 @@ def test_official_test_splits(data, save, caplog, used):
     clotho(data / "cl", "evaluation", ["d.wav"])
     fsd50k(data / "fsd", "dev", {"1": ("fsd dev", "")})
     fsd50k(data / "fsd", "eval", {"2": ("fsd eval", "")})
-    for stem in ("aaaaaaaaaaa", "bbbbbbbbbbb", "c", "d", "1", "2"):
+    for stem in ("aaaaaaaaaaa", "bbbbbbbbbbb", "c", "d"):
         wav(data / f"audio/{stem}.wav")
+    wav(data / "fsd/FSD50K.dev_audio/1.wav")
+    wav(data / "fsd/FSD50K.eval_audio/2.wav")
     counts = prepare_captions(save, data, official_test_splits=used)
     stems = {Path(path).stem for _, path, _ in pairs(save)}
     test_stems = {"bbbbbbbbbbb", "d", "2"} if used else set()
