@@ -51,13 +51,13 @@ class ZeroShotSet:
     labels : pandas.DataFrame
         `label` and `text` of every class: its name in the metadata, and its
         name as it is put behind a prompt.
-    missing : list of str
-        Paths of the clips that are listed but not on disk.
+    missing : dict
+        Path -> fold of the clips that are listed but not on disk.
     """
 
     clips: pd.DataFrame
     labels: pd.DataFrame
-    missing: list
+    missing: dict
 
     def of_folds(self, folds, flag):
         """The same data set with the clips of some folds only.
@@ -87,10 +87,10 @@ class ZeroShotSet:
                 f"--{flag}={folds}: the data set has the folds "
                 f"{', '.join(known)}"
             )
-        clips = self.clips[self.clips["fold"].isin([str(f) for f in folds])]
-        return ZeroShotSet(
-            clips.reset_index(drop=True), self.labels, self.missing
-        )
+        folds = [str(fold) for fold in folds]
+        clips = self.clips[self.clips["fold"].isin(folds)]
+        missing = {p: f for p, f in self.missing.items() if f in folds}
+        return ZeroShotSet(clips.reset_index(drop=True), self.labels, missing)
 
     def true_classes(self):
         """Index of each clip's class in `labels`, (clips,) int."""
@@ -354,20 +354,20 @@ def _check_listed(listed, labels, labels_path, esc10):
 
 
 def _split_missing(listed):
-    """The clips that are on disk, and the paths of the others."""
+    """The clips that are on disk, and the paths and folds of the others."""
     there = listed["wav_path"].map(os.path.isfile)
-    missing = listed["wav_path"][~there].tolist()
+    missing = dict(zip(listed["wav_path"][~there], listed["fold"][~there]))
     if len(missing) == len(listed):
         raise FileNotFoundError(
             f"None of the {len(listed)} clips is on disk; the first would be "
-            f"{missing[0]}"
+            f"{next(iter(missing))}"
         )
     if missing:
         logger.warning(
             "%d of %d clips are missing and left out: %s%s",
             len(missing),
             len(listed),
-            ", ".join(missing[:3]),
+            ", ".join(list(missing)[:3]),
             ", ..." if len(missing) > 3 else "",
         )
     clips = listed[there].drop(columns="source").reset_index(drop=True)

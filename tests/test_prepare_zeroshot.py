@@ -178,7 +178,7 @@ def test_esc(esc):
         ("2-8-A-12", f"{audio}/2-8-A-12.wav", "crackling_fire", "2"),
         ("5-9-B-5", f"{audio}/5-9-B-5.wav", "cat", "5"),
     ]
-    assert len(data.labels) == 50 and data.missing == []
+    assert len(data.labels) == 50 and data.missing == {}
 
 
 def test_esc10_keeps_its_clips_and_classes(esc):
@@ -286,9 +286,18 @@ def test_missing_clips_are_named(esc, caplog):
     gone.unlink()
     with caplog.at_level(logging.WARNING):
         data = prepare_zeroshot("esc", str(esc))
-    assert data.missing == [str(gone)]
+    assert data.missing == {str(gone): "2"}
     assert data.clips["ID"].tolist() == ["1-7-A-0", "5-9-B-5"]
     assert "1 of 3" in caplog.text and str(gone) in caplog.text
+
+
+def test_folds_have_their_own_missing_clips(esc):
+    more = "3-1-A-0.wav,1,0,dog,True,1,A\n4-1-A-0.wav,2,0,dog,True,1,A\n"
+    put(esc / "meta/esc50.csv", ESC_HEADER + ESC_ROWS + more)
+    data = prepare_zeroshot("esc", str(esc))
+    for folds, names in (([1], "3"), ([5, 2], "4"), ([2, 1], "34"), ([5], "")):
+        missing = data.of_folds(folds, "folds").missing
+        assert list(missing) == [f"{esc}/audio/{n}-1-A-0.wav" for n in names]
 
 
 def test_only_the_first_missing_clips_are_logged(esc, caplog):
