@@ -105,10 +105,14 @@ def open_embeddings(emb_dir, stem, column, manifest_path=None):
     """
     path = os.path.join(emb_dir, f"{stem}_embeddings.npy")
     if not os.path.exists(path):
-        raise FileNotFoundError(
-            f"{path} does not exist: give the save folder of a finished "
-            "embedding run as --emb_dir"
-        )
+        advice = "give the save folder of a finished embedding run as --emb_dir"
+        if stem.endswith("_t2t"):
+            advice = (
+                "run retrieve_ds_t2t.py with the same --emb_dir first, or give "
+                "the name of what it wrote there, <dataset>_insper_t2t, as "
+                "--text_stem"
+            )
+        raise FileNotFoundError(f"{path} does not exist: {advice}")
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:

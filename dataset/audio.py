@@ -9,6 +9,7 @@ of the rounding.
 import fractions
 import functools
 import math
+import os
 
 import numpy as np
 import soundfile
@@ -58,16 +59,25 @@ def open_audio(path):
     try:
         file = soundfile.SoundFile(path)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
-        if str(path).lower().endswith(UNREAD_SUFFIXES):
-            raise AudioError(
-                "is in a format that is not read: convert it to one of "
-                f"{' '.join(AUDIO_SUFFIXES)}"
-            ) from error
-        raise AudioError(f"cannot be opened: {error}") from error
+        raise AudioError(_why_not_opened(str(path), error)) from error
     if file.frames <= 0:
         file.close()
         raise AudioError("holds no samples")
     return file
+
+
+def _why_not_opened(path, error):
+    """The reason that libsndfile's error stands for, where it is known."""
+    if not os.path.exists(path):
+        return "is missing"
+    if os.path.isdir(path):
+        return "is a folder"
+    if path.lower().endswith(UNREAD_SUFFIXES):
+        return (
+            "is in a format that is not read: convert it to one of "
+            f"{' '.join(AUDIO_SUFFIXES)}"
+        )
+    return f"cannot be opened: {error}"
 
 
 def probe_seconds(path):

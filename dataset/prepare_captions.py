@@ -196,6 +196,12 @@ def prepare_captions(
     pairs["duration"] = pairs["wav_path"].map(seconds)
     used = _manifest(pairs)
     train, valid = _split(used, valid_pct, subset_pct, overfit_size, seed)
+    if valid.empty:
+        raise ValueError(
+            "The validation set is empty: of all recordings, only "
+            f"{used['wav_path'].iloc[0]} can be used. Add others, or give "
+            "--overfit_size to validate on the pairs that are trained on."
+        )
     write_csv(train, train_csv)
     write_csv(valid, valid_csv)
 

@@ -34,6 +34,7 @@ BUILT_IN_LABELS = {
     "us8k": os.path.join(LABELS_FOLDER, "us8k.csv"),
     "tut": os.path.join(LABELS_FOLDER, "tut17.csv"),
 }
+LABELS_FLAGS = "--labels_path (--zs_labels_path in training)"
 TUT_FOLDER = "TUT-acoustic-scenes-2017-{}"
 TUT_PARTS = ("development", "evaluation")
 TUT_FOLDS = ("1", "2", "3", "4")
@@ -334,7 +335,10 @@ def _listed(meta_path, first_row, paths, labels, folds):
 
 
 def _check_listed(listed, labels, labels_path, esc10):
-    """Raise if nothing is listed, a clip twice, or a class is unknown."""
+    """Raise if nothing is listed, a clip twice, or a class is unknown.
+
+    Classes without clips are warned of: each makes the task harder.
+    """
     if listed.empty:
         raise ValueError(
             "The metadata lists no clips" + (" of ESC-10" if esc10 else "")
@@ -349,7 +353,19 @@ def _check_listed(listed, labels, labels_path, esc10):
     if len(unknown):
         raise ValueError(
             f"{unknown['source'].iloc[0]}: the class "
-            f"'{unknown['label'].iloc[0]}' is not in {labels_path}"
+            f"'{unknown['label'].iloc[0]}' is not in {labels_path}; give the "
+            f"list of your classes by {LABELS_FLAGS}"
+        )
+    unused = labels[~labels["label"].isin(listed["label"])]
+    if len(unused) and not esc10:
+        logger.warning(
+            "%d of the %d classes in %s have no clip, '%s' for one, but clips "
+            "can be taken for them; give the list of your classes by %s",
+            len(unused),
+            len(labels),
+            labels_path,
+            unused["label"].iloc[0],
+            LABELS_FLAGS,
         )
 
 

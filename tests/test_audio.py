@@ -157,6 +157,22 @@ def test_unusable_files(tmp_path):
         reader.crop(str(tmp_path / "nan.wav"))
 
 
+def test_the_reason_why_a_file_cannot_be_opened(tmp_path):
+    (tmp_path / "folder.wav").mkdir()
+    (tmp_path / "text.wav").write_text("no audio")
+    (tmp_path / "video.MP4").write_text("no audio either")
+    (tmp_path / "link.wav").symlink_to(tmp_path / "absent.wav")
+    for name, reason in (
+        ("absent.wav", "^is missing$"),
+        ("link.wav", "^is missing$"),
+        ("folder.wav", "^is a folder$"),
+        ("text.wav", "^cannot be opened: .*text.wav"),
+        ("video.MP4", r"^is in a format that is not read: .* \.wav \.flac"),
+    ):
+        with pytest.raises(AudioError, match=reason):
+            open_audio(str(tmp_path / name))
+
+
 def test_truncated_flac(tmp_path):
     path = tmp_path / "a.flac"
     write_noise(path, 4.0, 16000)

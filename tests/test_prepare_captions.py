@@ -42,7 +42,14 @@ def pairs(save):
     both = pd.concat(
         [read(save / "train_raw.csv"), read(save / "valid_raw.csv")]
     )
+    both = both[both["dataset"] != "spare_index"]
     return sorted(zip(both["dataset"], both["wav_path"], both["caption"]))
+
+
+def spare(data):
+    """Add a recording, for there must be one to train and one to validate."""
+    text(data / "spare_index.tsv", "spare.wav\tspare\n")
+    wav(data / "spare.wav")
 
 
 def skipped(save):
@@ -117,6 +124,7 @@ def test_audiocaps_any_csv_name_and_every_audio_name(data, save):
 
 
 def test_audiocaps_as_a_spreadsheet_writes_it(data, save):
+    spare(data)
     header = '\ufeff"audiocap_id","youtube_id","start_time","caption"\r\n'
     text(data / "a.csv", header + '"1","aaaaaaaaaaa","30","a, b"\r\n\r\n')
     path = wav(data / "aaaaaaaaaaa.wav")
@@ -147,6 +155,7 @@ def test_audiocaps_takes_no_audio_of_other_data_sets(data, save):
 
 
 def test_audio_in_a_format_that_is_not_read_is_not_missing(data, save):
+    spare(data)
     rows = "1,aaaaaaaaaaa,30,x\n2,bbbbbbbbbbb,0,y\n3,ccccccccccc,0,z\n"
     text(data / "train.csv", HEADER + rows)
     # The whole video is there, and the clip beside it can be read.
@@ -165,6 +174,7 @@ def test_audio_in_a_format_that_is_not_read_is_not_missing(data, save):
 
 
 def test_audiocaps_prefers_the_clip_over_the_whole_video(data, save):
+    spare(data)
     text(data / "train.csv", HEADER + "1,aaaaaaaaaaa,30,x\n")
     wav(data / "aaaaaaaaaaa.wav")
     clip = wav(data / "far/away/aaaaaaaaaaa_30.wav")
@@ -202,6 +212,7 @@ def test_clotho_beside_and_below_in_any_format(data, save):
 
 
 def test_clotho_in_the_folder_of_its_split_alone(data, save):
+    spare(data)
     clotho(data / "z/Clotho", "development", ["same.wav", "near.wav"])
     # Nearer in the tree, and earlier in the alphabet, but not the split's.
     wav(data / "z/Clotho/a/same.wav")
@@ -213,6 +224,7 @@ def test_clotho_in_the_folder_of_its_split_alone(data, save):
 
 
 def test_equal_names_the_nearest(data, save):
+    spare(data)
     clotho(data / "z/Clotho", "development", ["near.wav"])
     wav(data / "a/near.wav")
     near = wav(data / "z/audio/near.flac")
@@ -221,6 +233,7 @@ def test_equal_names_the_nearest(data, save):
 
 
 def test_macs_text_stays_text(data, save):
+    spare(data)
     text(
         data / "MACS/MACS.yaml",
         "files:\n"
@@ -296,6 +309,7 @@ def test_fsd50k_title_and_description(data, save, metadata):
 
 
 def test_fsd50k_title_keeps_a_dot_that_is_no_ending(data, save):
+    spare(data)
     fsd50k(data, "dev", {"6": ("v1.5 take", "two")})
     path = wav(data / "FSD50K.dev_audio/6.wav")
     prepare_captions(save, data)
@@ -383,10 +397,11 @@ def test_duplicates_are_dropped_and_windows_are_not(tmp_path, save):
         "wav_path,caption,start\n"
         "a.wav,x,0\na.wav,x,0\na.wav, x ,0\na.wav,x,5.5\na.wav,y,0\n",
     )
-    counts = prepare_captions(save, train_csv_path=ready)["datasets"]["csv"]
+    counts = prepare_captions(save, train_csv_path=ready, overfit_size=9)
+    counts = counts["datasets"]["csv"]
     assert (counts["captions"], counts["duplicates"]) == (3, 2)
     train = read(save / "train_raw.csv")
-    assert list(zip(train["caption"], train["start"])) == [
+    assert sorted(zip(train["caption"], train["start"])) == [
         ("x", "0.0"),
         ("x", "5.5"),
         ("y", "0.0"),
@@ -421,6 +436,7 @@ def test_links_to_folders_are_followed_without_going_round(
 ):
     text(tmp_path / "disk/train.csv", HEADER + "1,aaaaaaaaaaa,30,x\n")
     wav(tmp_path / "disk/audio/aaaaaaaaaaa.wav")
+    spare(data)
     (data / "AudioCaps").symlink_to(tmp_path / "disk")
     (tmp_path / "disk/audio/loop").symlink_to(data)
     prepare_captions(save, data)
@@ -648,7 +664,7 @@ def test_a_recording_under_two_paths_is_one(tmp_path, save):
 
 @pytest.mark.parametrize(
     ("number", "valid_pct", "expected"),
-    [(2, 0.001, 1), (2, 0.99, 1), (1, 0.5, 0), (20, 0.5, 10)],
+    [(2, 0.001, 1), (2, 0.99, 1), (20, 0.5, 10)],
 )
 def test_size_of_the_validation_set(
     tmp_path, save, number, valid_pct, expected
@@ -657,6 +673,15 @@ def test_size_of_the_validation_set(
     prepare_captions(save, train_csv_path=ready, valid_pct=valid_pct)
     assert len(clips(save / "valid_raw.csv")) == expected
     assert len(clips(save / "train_raw.csv")) == number - expected
+
+
+def test_a_single_recording_leaves_none_to_validate_on(tmp_path, save):
+    ready = ready_csv(tmp_path, clips=1)
+    with pytest.raises(ValueError, match=r"set is empty: .*audio/00\.wav"):
+        prepare_captions(save, train_csv_path=ready)
+    assert not (save / "prepare.json").exists()
+    counts = prepare_captions(save, train_csv_path=ready, overfit_size=2)
+    assert counts["train"] == counts["valid"]
 
 
 def test_the_seed_alone_decides_the_split(tmp_path, monkeypatch):
@@ -834,6 +859,7 @@ def test_real_audiocaps_captions(data, save):
 
 
 def test_a_hundred_thousand_captions_in_seconds(data, save):
+    spare(data)
     rows = [f"{i},{i:011},0,caption {i}" for i in range(100_000)]
     text(data / "train.csv", HEADER + "\n".join(rows))
     for folder in ("a", "b"):

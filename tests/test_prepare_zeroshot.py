@@ -320,8 +320,24 @@ def test_class_that_is_not_in_the_list(esc, tmp_path):
     labels = put(tmp_path / "labels.csv", "label\ndog\ncat\n")
     with pytest.raises(ValueError) as error:
         prepare_zeroshot("esc", str(esc), labels_path=str(labels))
-    for part in ("meta/esc50.csv", "row 3", "crackling_fire", str(labels)):
+    for part in (
+        *("meta/esc50.csv", "row 3", "crackling_fire", str(labels)),
+        "--labels_path (--zs_labels_path in training)",
+    ):
         assert part in str(error.value)
+
+
+def test_classes_without_clips_are_warned_of(esc, tmp_path, caplog):
+    prepare_zeroshot("esc", str(esc))
+    assert "47 of the 50 classes" in caplog.text
+    assert "--labels_path (--zs_labels_path in training)" in caplog.text
+    caplog.clear()
+    prepare_zeroshot("esc", str(esc), esc10=True)
+    labels = put(tmp_path / "l.csv", "label\ndog\ncat\ncrackling_fire\n")
+    # The clip of a class that is missing is of that class still.
+    (esc / "audio/5-9-B-5.wav").unlink()
+    prepare_zeroshot("esc", str(esc), labels_path=str(labels))
+    assert "--labels_path" not in caplog.text
 
 
 def test_tut_rows_count_from_the_first_line(tut):

@@ -180,6 +180,22 @@ def test_ads_takes_the_captions_of_its_task(
     assert rows == expected_rows(over(naive, default), naive, audio)
 
 
+def test_stores_that_are_not_there_say_what_makes_them(run, folder):
+    for yaml, stem, advice in (
+        (
+            "us8k_insper_audioset_dudsv3",
+            "us8k_insper_t2t",
+            "run retrieve_ds_t2",
+        ),
+        (DU, "text_insper", "give the save folder of a finished embedding run"),
+    ):
+        path = folder / f"{stem}_embeddings.npy"
+        path.unlink(missing_ok=True)
+        message = f"^{path} does not exist: {advice}"
+        with pytest.raises(FileNotFoundError, match=message):
+            run(yaml)
+
+
 def test_default_threshold_of_du(run, naive):
     assert run(sim_threshold=None)[1]["threshold"] == 0.75
 
