@@ -46,7 +46,7 @@ from curation.similarity import product_seconds
 from dataset.audio import AudioError
 from dataset.manifest import of_headers
 from dataset.pipelines import CropDataset, WindowDataset, collate_windows
-from files import read_lines, write_csv, written_whole
+from files import read_lines, read_table, write_csv, written_whole
 from models.packed import pack_weights
 from models.zeroshot import clip_embeddings, text_embeddings
 
@@ -121,6 +121,7 @@ class EmbeddingBrain(sb.Brain):
         )
         if writer.finished:
             logger.info("%s is complete already", AUDIO)
+            warn_of_skipped(writer.base)
             return
         on_gpu = self.device_type == "cuda"
         batch_size = hparams.audio_bs
@@ -336,6 +337,19 @@ def finish_audio(writer, windows, duration):
         f" (see {writer.base}_skipped.csv)" if reasons else "",
     )
     return 0
+
+
+def warn_of_skipped(base):
+    """Name the list of files that a finished store lacks, if it lacks any."""
+    path = f"{base}_skipped.csv"
+    skipped = len(read_table(path)) if os.path.exists(path) else 0
+    if skipped:
+        logger.warning(
+            "It lacks %d files that could not be read (see %s): once they are "
+            "mended, another --output_folder takes them in",
+            skipped,
+            path,
+        )
 
 
 def read_audio_list(path):

@@ -22,6 +22,7 @@ Training does this by itself. To see what there is, or to have the lists alone:
 
 import argparse
 import csv
+import hashlib
 import html
 import json
 import logging
@@ -97,8 +98,9 @@ def prepare_captions(
     Writes `train_raw.csv` and `valid_raw.csv` (`ID,wav_path,caption,dataset,
     duration`, and `start` and `end` if the ready CSV has them),
     `curated_raw.csv` if there are curated pairs, `skipped_audio.csv`
-    (`wav_path,reason`) and, last, `prepare.json` (arguments and counts). With
-    the arguments of the run before, its files are used again.
+    (`wav_path,reason`) and, last, `prepare.json` (arguments, hashes of the
+    data, and counts). With the arguments and the data of the run before, its
+    files are used again.
 
     Arguments
     ---------
@@ -142,7 +144,8 @@ def prepare_captions(
     ------
     ValueError
         An argument is out of range, nothing was recognised, an annotation
-        file is broken, or too much audio is missing or unreadable.
+        file is broken, too much audio is missing or unreadable, or the data
+        changed since the preparation of a run that has checkpoints.
     FileNotFoundError
         `data_annot_folder` or a file that belongs to an annotation is absent.
     """
@@ -164,26 +167,29 @@ def prepare_captions(
     train_csv, valid_csv, skipped_csv, record = (
         os.path.join(save_folder, name) for name in OUTPUTS
     )
+    pairs = _collect(
+        arguments["data_annot_folder"],
+        arguments["train_csv_path"],
+        official_test_splits,
+    )
+    curated = None
+    if curation_csv:
+        curated = _read_curated(curation_csv, data_curation_folder)
+    data = _hashes(pairs, curated)
     if os.path.exists(record):
-        counts = _earlier_counts(save_folder, arguments)
+        counts = _earlier_counts(save_folder, arguments, data)
         if counts is not None:
             return counts
         # Were it left, a run that ends early would leave it beside files of
         # other arguments.
         os.remove(record)
 
-    pairs = _collect(
-        arguments["data_annot_folder"],
-        arguments["train_csv_path"],
-        official_test_splits,
-    )
     pairs["fate"] = _fates(pairs)
     wanted = pairs["wav_path"][pairs["fate"] == "used"].unique()
     seconds, failed = _probe(wanted)
-    curated = None
     skipped = dict(failed)
-    if curation_csv:
-        curated, gone = _curated(curation_csv, data_curation_folder)
+    if curated is not None:
+        curated, gone = _usable(curated)
         skipped |= gone
     os.makedirs(save_folder, exist_ok=True)
     write_csv(
@@ -217,7 +223,7 @@ def prepare_captions(
         counts["curated"] = _totals(kept)
         counts["curated"]["validated"] = len(curated) - len(kept)
     _log_counts(counts, skipped_csv)
-    write_json({"arguments": arguments, "counts": counts}, record)
+    write_json({"arguments": arguments, "data": data, "counts": counts}, record)
     return counts
 
 
@@ -259,7 +265,18 @@ def _check_arguments(arguments):
             raise ValueError(f"--{flag}={value}: give {allowed}")
 
 
-def _earlier_counts(save_folder, arguments):
+def _hashes(pairs, curated):
+    """Hash of what is listed in each data set and found of it on disk."""
+    tables = dict(tuple(pairs.groupby("dataset")))
+    if curated is not None:
+        tables["curation_csv"] = curated
+    return {
+        name: hashlib.sha256(table.to_csv(index=False).encode()).hexdigest()
+        for name, table in tables.items()
+    }
+
+
+def _earlier_counts(save_folder, arguments, data):
     """Counts of the run before if its files can be used again, else None."""
     with open(
         os.path.join(save_folder, "prepare.json"), encoding="utf-8"
@@ -283,12 +300,50 @@ def _earlier_counts(save_folder, arguments):
                 "%s lacks %s and is prepared again", save_folder, name
             )
             return None
-    logger.info(
-        "Using the captions prepared in %s with the same arguments; delete "
-        "its prepare.json if the data changed",
+    counts = earlier["counts"]
+    if "data" not in earlier:
+        # Of an earlier version: its run goes on with what it has.
+        return counts
+    skipped_csv = os.path.join(save_folder, "skipped_audio.csv")
+    changed = _changes_of_data(earlier["data"], data, skipped_csv)
+    if not changed:
+        logger.info(
+            "Using the captions prepared in %s with the same arguments and "
+            "data",
+            save_folder,
+        )
+        _log_counts(counts, skipped_csv)
+        return counts
+    if any(name.startswith("CKPT+") for name in os.listdir(save_folder)):
+        raise ValueError(
+            f"The data changed since the run that has checkpoints in "
+            f"{save_folder} was prepared: {', '.join(changed)}. With another "
+            "split it would be validated on what it was trained on. Train in "
+            "another --output_folder, or change the data back."
+        )
+    logger.warning(
+        "%s was prepared with other data and is prepared again: %s",
         save_folder,
+        ", ".join(changed),
     )
-    return earlier["counts"]
+    return None
+
+
+def _changes_of_data(before, now, skipped_csv):
+    """What is not as it was when the data was prepared, in words."""
+    changed = [
+        f"captions or audio files of {name}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    skipped = read_table(skipped_csv)["wav_path"]
+    usable, _ = _probe(skipped)
+    if usable:
+        changed.append(
+            f"{len(usable)} files of {skipped_csv} that can be used now, "
+            f"{_first(usable)}"
+        )
+    return changed
 
 
 # ---- Finding annotations and audio ----------------------------------------
@@ -776,10 +831,15 @@ def _real(paths):
     return paths.map({path: os.path.realpath(path) for path in paths.unique()})
 
 
-def _curated(curation_csv, data_curation_folder):
-    """Usable pairs of a curation CSV, and reasons why other audio is not."""
+def _read_curated(curation_csv, data_curation_folder):
+    """All pairs of a curation CSV."""
     pairs = read_pairs(curation_csv, "curation_csv", data_curation_folder)
     pairs["caption"] = [" ".join(c.split()) for c in pairs["caption"]]
+    return pairs
+
+
+def _usable(pairs):
+    """The pairs that can be used, and reasons why other audio cannot."""
     seconds, failed = probe_audio(pairs["wav_path"])
     pairs["duration"] = pairs["wav_path"].map(seconds)
     return pairs[pairs["duration"].notna() & (pairs["caption"] != "")], failed

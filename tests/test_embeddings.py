@@ -245,6 +245,24 @@ def test_a_finished_store_is_kept_and_another_refused(embed, world):
         embed(short_audio="zero")
 
 
+def test_a_finished_store_names_what_it_lacks(embed, world, capsys, tmp_path):
+    save = embed(text_pathfile=None)
+    skipped = len(pd.read_csv(save / "audio_audioset_skipped.csv"))
+    assert skipped
+    capsys.readouterr()
+    embed(text_pathfile=None)
+    path = f"{save}/audio_audioset_skipped.csv"
+    log = "".join(capsys.readouterr())
+    assert f"lacks {skipped} files" in log and path in log
+    (tmp_path / "list.txt").write_text(f"{world}/3, $x.wav\n")
+    whole = {"audio_pathfile": tmp_path / "list.txt", "text_pathfile": None}
+    embed("whole", **whole)
+    capsys.readouterr()
+    embed("whole", **whole)
+    log = "".join(capsys.readouterr())
+    assert "complete already" in log and "lacks" not in log
+
+
 @pytest.fixture
 def changed(world, text_model, clap, tmp_path):
     """Other weights, a shorter list, and other words of the same number."""

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import time
 from pathlib import Path
 
@@ -760,7 +761,7 @@ def test_same_arguments_use_the_files_again(tmp_path, save, caplog):
     ready = ready_csv(tmp_path, clips=4)
     counts = prepare_captions(save, train_csv_path=ready)
     record = json.loads((save / "prepare.json").read_text())
-    assert record["counts"] == counts
+    assert record["counts"] == counts and list(record["data"]) == ["csv"]
     assert record["arguments"] == {
         "data_annot_folder": None,
         "train_csv_path": str(ready),
@@ -775,9 +776,77 @@ def test_same_arguments_use_the_files_again(tmp_path, save, caplog):
     }
     assert "same arguments" not in caplog.text
     text(save / "train_raw.csv", "left alone")
+    caplog.clear()
     assert prepare_captions(save, train_csv_path=ready) == counts
     assert (save / "train_raw.csv").read_text() == "left alone"
     assert "same arguments" in caplog.text
+    assert "csv: 4 clips" in caplog.text and "Split by" in caplog.text
+
+
+@pytest.mark.parametrize("has_checkpoints", [False, True])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("captions", "captions or audio files of csv"),
+        ("audio", "captions or audio files of audiocaps"),
+        ("data set", "captions or audio files of new_index"),
+        ("curated", "captions or audio files of curation_csv"),
+        ("mended", r"1 files of .*skipped_audio.csv .*/03\.wav"),
+    ],
+)
+def test_changed_data_is_prepared_again_but_not_beside_checkpoints(
+    tmp_path, data, save, caplog, change, named, has_checkpoints
+):
+    ready = ready_csv(tmp_path, clips=5)
+    curated = curation_csv(tmp_path, ["audio/00.wav", "audio/01.wav"])
+    text(tmp_path / "audio/03.wav", "no audio")
+    text(data / "train.csv", HEADER + "1,aaaaaaaaaaa,30,x\n2,b,0,y\n")
+    wav(data / "aaaaaaaaaaa.wav")
+
+    def prepare():
+        prepare_captions(
+            save, data, ready, curation_csv=curated, max_bad_audio=0.5
+        )
+        return (save / "train_raw.csv").read_text()
+
+    before = prepare()
+    text(data / "notes.txt", "nothing of the data")
+    wav(data / "unlisted.wav")
+    os.utime(ready, (0, 0))
+    text(save / "train_raw.csv", "left alone")
+    if has_checkpoints:
+        (save / "CKPT+1").mkdir()
+    assert prepare() == "left alone"
+    if change == "captions":
+        text(ready, ready.read_text() + "\naudio/02.wav,more")
+    elif change == "audio":
+        wav(data / "b.wav")
+    elif change == "data set":
+        text(data / "new_index.tsv", "unlisted.wav\tnew")
+    elif change == "curated":
+        curation_csv(tmp_path, ["audio/00.wav"])
+    else:
+        wav(tmp_path / "audio/03.wav")
+    caplog.clear()
+    if has_checkpoints:
+        with pytest.raises(ValueError, match=f"{named}.*--output_folder"):
+            prepare()
+        assert (save / "train_raw.csv").read_text() == "left alone"
+        assert (save / "prepare.json").exists()
+    else:
+        assert (prepare() == before) == (change == "curated")
+        assert re.search(f"prepared again: {named}", caplog.text)
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path, save):
+    ready = ready_csv(tmp_path, clips=4)
+    prepare_captions(save, train_csv_path=ready)
+    record = json.loads((save / "prepare.json").read_text())
+    del record["data"]
+    (save / "prepare.json").write_text(json.dumps(record))
+    text(save / "train_raw.csv", "left alone")
+    prepare_captions(save, train_csv_path=ready)
+    assert (save / "train_raw.csv").read_text() == "left alone"
 
 
 def test_other_arguments_prepare_again(tmp_path, save, caplog):
