@@ -19,10 +19,11 @@ of audio row, then caption row. They go to `<emb_dir>/<name>_curation.csv`
 (ID,wav_path,caption,similarity,start,end), and what each threshold would keep
 to `<name>_report.json` and `<name>_report.png`. --dry_run=True writes only
 these; --target_pairs=200000 takes the lowest threshold, in steps of 0.01, that
-keeps no more pairs. A caption that is listed twice makes two pairs with a clip,
-but counts once for --max_captions_per_audio and --max_audios_per_caption. With
-`torchrun --nproc_per_node=N` the processes share the search, and the files are
-the same. The method is that of arXiv 2305.01864.
+no more pairs reach, in place of --sim_threshold. Of these pairs the limits
+--max_captions_per_audio and --max_audios_per_caption may then keep fewer. A
+caption that is listed twice makes two pairs with a clip, but counts once for
+these limits. With `torchrun --nproc_per_node=N` the processes share the search,
+and the files are the same. The method is that of arXiv 2305.01864.
 """
 
 import contextlib
@@ -520,7 +521,19 @@ def retrieve(audio, text, hparams, run_opts):
             pass
         start = lowest_start(tally, target)
         threshold, pairs = best_on_grid(search(start, False), start, target)
-        logger.info("--target_pairs=%d: the threshold is %g", target, threshold)
+        logger.info(
+            "--target_pairs=%d: the threshold is %g, in place of "
+            "--sim_threshold=%g; %d pairs reach it",
+            target,
+            threshold,
+            hparams["sim_threshold"],
+            len(pairs[0]),
+        )
+        if kinds is not None:
+            logger.warning(
+                "--target_pairs counts pairs before --max_captions_per_audio "
+                "and --max_audios_per_caption, which may keep fewer"
+            )
         batches = best_per_audio([pairs], kinds, per_audio)
     if per_caption is not None:
         batches = best_per_caption(batches, kinds, per_caption)

@@ -301,6 +301,19 @@ def test_target_pairs_takes_the_lowest_threshold(
     assert rows == expected_rows(over(naive, fits[0]), naive, audio)
 
 
+def test_target_pairs_tells_what_it_overrides_and_counts(run, naive, capsys):
+    edge = min(e for e in EDGES if e >= 0 and (naive >= e).sum() <= 93)
+    rows, _ = run(target_pairs=93)
+    printed = capsys.readouterr().out
+    reach = f"=0.4; {len(rows) - 1} pairs reach it"
+    assert f"{edge:g}, in place of --sim_threshold{reach}" in printed
+    assert "may keep fewer" not in printed
+    assert len(run(target_pairs=93, max_captions_per_audio=1)[0]) < len(rows)
+    printed = capsys.readouterr().out
+    assert reach in printed
+    assert "counts pairs before --max_captions_per_audio" in printed
+
+
 def test_chosen_pairs_alone_stay_in_memory(monkeypatch):
     sizes = []
 
