@@ -100,7 +100,7 @@ def prepare_captions(
     `curated_raw.csv` if there are curated pairs, `skipped_audio.csv`
     (`wav_path,reason`) and, last, `prepare.json` (arguments, hashes of the
     data, and counts). With the arguments and the data of the run before, its
-    files are used again.
+    files are used again; whatever the data, beside checkpoints.
 
     Arguments
     ---------
@@ -144,8 +144,7 @@ def prepare_captions(
     ------
     ValueError
         An argument is out of range, nothing was recognised, an annotation
-        file is broken, too much audio is missing or unreadable, or the data
-        changed since the preparation of a run that has checkpoints.
+        file is broken, or too much audio is missing or unreadable.
     FileNotFoundError
         `data_annot_folder` or a file that belongs to an annotation is absent.
     """
@@ -315,12 +314,15 @@ def _earlier_counts(save_folder, arguments, data):
         _log_counts(counts, skipped_csv)
         return counts
     if any(name.startswith("CKPT+") for name in os.listdir(save_folder)):
-        raise ValueError(
-            f"The data changed since the run that has checkpoints in "
-            f"{save_folder} was prepared: {', '.join(changed)}. With another "
-            "split it would be validated on what it was trained on. Train in "
-            "another --output_folder, or change the data back."
+        # With another split it would validate on what it was trained on.
+        logger.warning(
+            "The data changed since %s was prepared: %s. Its run goes on with "
+            "the pairs that it began with; another --output_folder takes the "
+            "change in",
+            save_folder,
+            ", ".join(changed),
         )
+        return counts
     logger.warning(
         "%s was prepared with other data and is prepared again: %s",
         save_folder,
