@@ -530,7 +530,7 @@ def retrieve(audio, text, hparams, run_opts):
             len(pairs[0]),
         )
         if kinds is not None:
-            logger.warning(
+            logger.info(
                 "--target_pairs counts pairs before --max_captions_per_audio "
                 "and --max_audios_per_caption, which may keep fewer"
             )
