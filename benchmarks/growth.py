@@ -53,6 +53,7 @@ def main(argv):
     sizes = (1, 2, 4)
     both = [embedding(n * args.captions, n * args.clips) for n in sizes]
     rows = [row for kind in zip(*both) for row in kind]
+    retrieve.compile_loops()
     rows += [search(n * args.audio, args.text) for n in sizes]
     rows += [search(args.audio, n * args.text) for n in sizes[1:]]
     print(machine())
