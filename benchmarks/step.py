@@ -8,11 +8,12 @@ pass and the optimizer's update; data loading is not part of it (see
 benchmarks.loading).
 
 The ordinary way pads every caption to 100 tokens, computes the spectrogram's
-DFT as a convolution (torchlibrosa), and all in fp32, with PyTorch's Adam as it
-is. It is run twice: as a user would (A), and with the allocator's setting that
-the script makes for itself (B). On a GPU it runs under bf16 autocast like the
-script, and A and B are the same. The script's side in bf16 is left out where
-the processor's products are slower in it.
+DFT as a convolution (torchlibrosa), leaves convolutions to PyTorch, channels
+first, and all in fp32, with PyTorch's Adam as it is. It is run twice: as a user
+would (A), and with the allocator's setting that the script makes for itself
+(B). On a GPU it runs under bf16 autocast like the script, and A and B are the
+same. The script's side in bf16 is left out where the processor's products are
+slower in it.
 
 The script's side is `CLAPBrain.fit_batch`, with its checks, clipping and
 multi-positive loss. Both start from the same weights; compared is the loss of

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.winograd import Conv3x3
+
 # PANNs' files end in a classifier over AudioSet's classes. It takes no part in
 # CLAP, but its parameters belong to the published files.
 AUDIOSET_CLASSES = 527
@@ -77,12 +79,12 @@ class LogMel(nn.Module):
                 pad_mode="reflect",
                 return_complex=True,
             )
-            power = torch.view_as_real(spectrum).square_().sum(-1)
+            power = spectrum.real.square().add_(spectrum.imag.square())
             mel = power.transpose(1, 2) @ self.melW
             return mel.clamp_(min=1e-10).log10_().mul_(10.0)
 
 
-class FullPrecisionConv2d(nn.Conv2d):
+class FullPrecisionConv3x3(Conv3x3):
     """A convolution that is computed in fp32, also under autocast.
 
     On a GPU that has TF32, PyTorch takes this for it: three bits more than
@@ -121,13 +123,9 @@ class ConvBlock(nn.Module):
         super().__init__()
         # The first of all sees the spectrogram itself, to which half precision
         # does more harm than to all that follows.
-        first = FullPrecisionConv2d if in_channels == 1 else nn.Conv2d
-        self.conv1 = first(
-            in_channels, out_channels, kernel_size=3, padding=1, bias=False
-        )
-        self.conv2 = nn.Conv2d(
-            out_channels, out_channels, kernel_size=3, padding=1, bias=False
-        )
+        first = FullPrecisionConv3x3 if in_channels == 1 else Conv3x3
+        self.conv1 = first(in_channels, out_channels)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.bn2 = nn.BatchNorm2d(out_channels)
         for conv in (self.conv1, self.conv2):
@@ -212,9 +210,7 @@ class CNN14(nn.Module):
         x = self.logmel_extractor(wavs)
         # Batch norm over the mel bands, which PANNs keeps as channels.
         x = self.bn0(x.unsqueeze(1).transpose(1, 3)).transpose(1, 3)
-        if x.is_cuda:
-            # Tensor cores want it; on CPU it gains nothing.
-            x = channels_last(x)
+        x = channels_last(x)
         for i in range(1, 7):
             block = getattr(self, f"conv_block{i}")
             x = block(x, pool=2 if i < 6 else 1)

@@ -3,14 +3,16 @@
 import torch
 from torch import nn
 
+from models.winograd import Conv3x3
+
 
 def pack_weights(model, dtype):
     """Convert once what PyTorch would convert at every batch.
 
     In bf16 and fp16, layers get the weights that autocast would make for them.
     On a CPU, linear layers are also computed by another library: see
-    `PackedLinear`. Convolutions are by that anyway, and take no longer to bring
-    their weights into its layout than other work varies.
+    `PackedLinear`. Convolutions take too little time for preparing their
+    weights to be worth the memory.
 
     Arguments
     ---------
@@ -32,7 +34,7 @@ def pack_weights(model, dtype):
     )
     for name, module in list(model.named_modules()):
         # Not what derives from them: it may use the weights in its own way.
-        if type(module) not in (nn.Linear, nn.Conv2d):
+        if type(module) not in (nn.Linear, Conv3x3):
             continue
         module.requires_grad_(False).to(dtype)
         if packs and type(module) is nn.Linear:

@@ -85,7 +85,7 @@ def test_logmel_is_fp32_under_autocast_and_bounded_in_silence():
     assert torch.equal(silence, torch.full_like(silence, -100.0))
 
 
-@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("width", [2, 4, 64])
 def test_cnn14_equals_the_reference(width):
     torch.manual_seed(0)
     model = CNN14(width=width).train()

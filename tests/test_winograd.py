@@ -1,0 +1,118 @@
+"""Convolutions by Winograd's method against PyTorch's direct ones."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import models.winograd
+from models.winograd import Conv3x3, WinogradConvolution
+
+# Edges that no tile ends at, a tile alone, tiles two wide, and images in twos
+# and threes.
+SHAPES = [(2, 3, 7, 5), (1, 2, 1, 1), (3, 5, 9, 2), (2, 1, 16, 8), (5, 2, 4, 3)]
+
+
+def draw(*shape):
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cached_values", [1, 10**6])
+def test_values_and_gradients_are_those_of_a_direct_convolution(
+    shape, cached_values, monkeypatch
+):
+    # 1: as many parts as there can be, of three tiles where rows have fewer.
+    monkeypatch.setattr(models.winograd, "CACHED_VALUES", cached_values)
+    torch.manual_seed(0)
+    x, weight = draw(*shape), draw(3, shape[1], 3, 3)
+    expected = F.conv2d(x, weight, padding=1)
+    found = WinogradConvolution.apply(x, weight, x.dtype)
+    torch.testing.assert_close(found, expected)
+    gradient = torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad(found, (x, weight), gradient),
+        torch.autograd.grad(expected, (x, weight), gradient),
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_parts_are_as_large_as_a_cache_takes_but_no_smaller_than_channels():
+    small = models.winograd.Tiling(torch.empty(5, 1, 8, 2))
+    assert len(list(small.parts(5, 64, 64))) == 1
+    large = models.winograd.Tiling(torch.empty(5, 1, 80, 80))
+    # 11 tiles fit, but 60 are three rows.
+    assert len(list(large.parts(5, 2000, 60))) == 5 * 7
+    assert len(list(large.parts(5, 2000, 400))) == 5
+
+
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+def test_in_fp32_it_stays_within_rounding(layout):
+    torch.manual_seed(0)
+    layer = Conv3x3(256, 128)
+    x = torch.randn(2, 256, 21, 8)
+    x = x.to(memory_format=getattr(torch, layout))
+    exact = F.conv2d(x.double(), layer.weight.double(), padding=1)
+    found = layer(x)
+    assert "Winograd" in type(found.grad_fn).__name__
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert (found - exact).norm() < 1e-5 * exact.norm()
+    gradient = torch.randn_like(found)
+    of_weight = torch.autograd.grad(found, layer.weight, gradient)[0]
+    expected = torch.nn.grad.conv2d_weight(
+        x.double(), layer.weight.shape, gradient.double(), padding=1
+    )
+    assert (of_weight - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    x, weight = draw(1, 2, 4, 4), draw(3, 2, 3, 3)
+    found = WinogradConvolution.apply(x.detach(), weight, x.dtype)
+    found.sum().backward()
+    assert weight.grad is not None
+    weight = weight.detach()
+    WinogradConvolution.apply(x, weight, x.dtype).sum().backward()
+    expected = draw(1, 2, 4, 4)
+    F.conv2d(expected, weight, padding=1).sum().backward()
+    torch.testing.assert_close(x.grad, expected.grad)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_in_bf16_it_computes_in_fp32(autocast, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    torch.manual_seed(0)
+    layer = Conv3x3(64, 32)
+    x = torch.randn(2, 64, 9, 6).bfloat16().requires_grad_()
+    if not autocast:
+        layer.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = layer(x)
+        of_x, of_weight = torch.autograd.grad(
+            found, (x, layer.weight), torch.ones_like(found)
+        )
+    assert found.dtype == of_x.dtype == torch.bfloat16
+    assert of_weight.dtype == layer.weight.dtype
+    exact_x = x.detach().double().requires_grad_()
+    weight = layer.weight.detach().double().requires_grad_()
+    exact = F.conv2d(exact_x, weight, padding=1)
+    exact.sum().backward()
+    for a, b in (
+        (found, exact), (of_x, exact_x.grad), (of_weight, weight.grad)
+    ):  # fmt: skip
+        # Rounded once, at the end.
+        bound = 2**-9 if a.dtype == torch.bfloat16 else 1e-5
+        assert (a - b).norm() < bound * b.norm()
+
+
+def test_what_is_faster_directly_is_left_to_pytorch(monkeypatch):
+    x, few = torch.randn(1, 64, 8, 8), torch.randn(1, 32, 8, 8)
+    layer, narrow = Conv3x3(64, 8), Conv3x3(32, 64)
+    direct = F.conv2d(few, narrow.weight, padding=1)
+    assert torch.equal(narrow(few), direct)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    with torch.autocast("cpu", torch.bfloat16):
+        direct = F.conv2d(x, layer.weight, padding=1)
+        assert torch.equal(layer(x), direct)
+    assert "Winograd" in type(layer(x).grad_fn).__name__
+    wide = layer.double()(x.double())
+    direct = F.conv2d(x.double(), layer.weight, padding=1)
+    assert torch.equal(wide, direct)
