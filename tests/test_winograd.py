@@ -78,7 +78,7 @@ def test_only_what_needs_a_gradient_gets_one():
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_in_bf16_it_computes_in_fp32(autocast, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     torch.manual_seed(0)
     layer = Conv3x3(64, 32)
     x = torch.randn(2, 64, 9, 6).bfloat16().requires_grad_()
@@ -108,7 +108,7 @@ def test_what_is_faster_directly_is_left_to_pytorch(monkeypatch):
     layer, narrow = Conv3x3(64, 8), Conv3x3(32, 64)
     direct = F.conv2d(few, narrow.weight, padding=1)
     assert torch.equal(narrow(few), direct)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     with torch.autocast("cpu", torch.bfloat16):
         direct = F.conv2d(x, layer.weight, padding=1)
         assert torch.equal(layer(x), direct)
