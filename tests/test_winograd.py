@@ -36,13 +36,18 @@ def test_values_and_gradients_are_those_of_a_direct_convolution(
         torch.testing.assert_close(a, b)
 
 
-def test_parts_are_as_large_as_a_cache_takes_but_no_smaller_than_channels():
+def test_parts_are_as_large_as_caches_take_but_no_smaller_than_channels(
+    monkeypatch,
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     small = models.winograd.Tiling(torch.empty(5, 1, 8, 2))
     assert len(list(small.parts(5, 64, 64))) == 1
     large = models.winograd.Tiling(torch.empty(5, 1, 80, 80))
     # 11 tiles fit, but 60 are three rows.
     assert len(list(large.parts(5, 2000, 60))) == 5 * 7
     assert len(list(large.parts(5, 2000, 400))) == 5
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 72)
+    assert len(list(large.parts(5, 2000, 60))) == 5
 
 
 @pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
