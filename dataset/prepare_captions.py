@@ -71,6 +71,10 @@ TEST_SPLITS = {
     "fsd50k": "eval",
 }
 
+# Arguments that say where data is.
+_PLACES = ("data_annot_folder", "train_csv_path")
+_PLACES += ("curation_csv", "data_curation_folder")
+
 # A link goes with its text, which is nearly always an address or a name.
 HTML_LINK = re.compile(
     r"<a\b[^>]*>.*?</a>|(?:https?://|www\.)[^\s\"'<>]+", re.I | re.S
@@ -144,7 +148,8 @@ def prepare_captions(
     ------
     ValueError
         An argument is out of range, nothing was recognised, an annotation
-        file is broken, or too much audio is missing or unreadable.
+        file is broken, or too much audio is missing or unreadable; or there
+        are checkpoints beside files of other arguments.
     FileNotFoundError
         `data_annot_folder` or a file that belongs to an annotation is absent.
     """
@@ -276,21 +281,41 @@ def _hashes(pairs, curated):
 
 
 def _earlier_counts(save_folder, arguments, data):
-    """Counts of the run before if its files can be used again, else None."""
+    """Counts of the run before if its files can be used again, else None.
+
+    Raises
+    ------
+    ValueError
+        They cannot, but there are checkpoints of a run that needs them.
+    """
     with open(
         os.path.join(save_folder, "prepare.json"), encoding="utf-8"
     ) as file:
         earlier = json.load(file)
-    changed = [
-        f"{flag} ({earlier['arguments'].get(flag)} -> {value})"
+    has_begun = any(
+        name.startswith("CKPT+") for name in os.listdir(save_folder)
+    )
+    changed = {
+        flag: f"{flag} ({earlier['arguments'].get(flag)} -> {value})"
         for flag, value in arguments.items()
         if earlier["arguments"].get(flag) != value
-    ]
+    }
+    if has_begun:
+        # These do not change which pairs there are.
+        moved = _PLACES if earlier.get("data") == data else ()
+        for flag in ("max_bad_audio", *moved):
+            changed.pop(flag, None)
+        if changed:
+            raise ValueError(
+                f"{save_folder} holds a run that began with other pairs, and "
+                f"keeps them: {', '.join(changed.values())}. Give the same "
+                "again, or another --output_folder"
+            )
     if changed:
         logger.warning(
             "%s was prepared with other arguments and is prepared again: %s",
             save_folder,
-            ", ".join(changed),
+            ", ".join(changed.values()),
         )
         return None
     for name in OUTPUTS:
@@ -313,7 +338,7 @@ def _earlier_counts(save_folder, arguments, data):
         )
         _log_counts(counts, skipped_csv)
         return counts
-    if any(name.startswith("CKPT+") for name in os.listdir(save_folder)):
+    if has_begun:
         # With another split it would validate on what it was trained on.
         logger.warning(
             "The data changed since %s was prepared: %s. Its run goes on with "

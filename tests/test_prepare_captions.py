@@ -857,6 +857,24 @@ def test_other_arguments_prepare_again(tmp_path, save, caplog):
     assert len(clips(save / "valid_raw.csv")) == 2
 
 
+def test_a_run_with_checkpoints_keeps_its_pairs(tmp_path, save):
+    ready = ready_csv(tmp_path, clips=4)
+    prepare_captions(save, train_csv_path=ready)
+    (save / "CKPT+1").mkdir()
+    files = {path: path.read_bytes() for path in save.glob("*.*")}
+    assert len(files) == 4
+    with pytest.raises(ValueError, match=r"valid_pct \(0.05 -> 0.5\).*same"):
+        prepare_captions(save, train_csv_path=ready, valid_pct=0.5)
+    lines = ready.read_text().splitlines()
+    other = text(tmp_path / "other.csv", "\n".join(lines[:-1]))
+    with pytest.raises(ValueError, match=r"train_csv_path .* -> .*other.csv"):
+        prepare_captions(save, train_csv_path=other)
+    # The same pairs, listed elsewhere.
+    moved = ready.rename(tmp_path / "moved.csv")
+    prepare_captions(save, train_csv_path=moved, max_bad_audio=0.5)
+    assert files == {path: path.read_bytes() for path in save.glob("*.*")}
+
+
 @pytest.mark.parametrize(
     "name", ["train_raw.csv", "valid_raw.csv", "skipped_audio.csv"]
 )

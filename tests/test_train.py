@@ -91,9 +91,9 @@ def test_a_complete_run_is_told(flags, tmp_path, capsys):
         ({"base_lr": 0.01}, r"base_lr \(0.0001 -> 0.01\)\. "),
         (
             {"curation_prob": 0.5},
-            r"curation_prob \(0 -> 0.5\), curated_raw.csv",
+            r"curation_csv \(None -> .*curated.csv\)\. ",
         ),
-        ({"valid_pct": 0.5}, r"train_raw.csv \(\w+ -> \w+\), valid_raw.csv"),
+        ({"valid_pct": 0.5}, r"valid_pct \(0.25 -> 0.5\)\. "),
     ],
 )
 def test_a_run_keeps_the_settings_that_it_began_with(
@@ -104,6 +104,10 @@ def test_a_run_keeps_the_settings_that_it_began_with(
         changes["curation_csv"] = f"{tones}/curated.csv"
     with pytest.raises(ValueError, match=message):
         train(flags, **changes)
+    path = f"{flags['output_folder']}/save/train_raw.csv"
+    write_csv(pd.read_csv(path)[:-1], path)
+    with pytest.raises(ValueError, match=r"train_raw.csv \(\w+ -> \w+\)\. "):
+        train(flags)
 
 
 def test_weights_hear_as_in_their_training(flags, tmp_path):
