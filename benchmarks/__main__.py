@@ -59,6 +59,8 @@ def main(argv):
         products = {p: product_speed(p) for p in precisions()}
         module = importlib.import_module(f"benchmarks.{name}")
         rows = module.main(COMMANDS[name])
+        if not rows:
+            continue
         record["benchmarks"][name] = {
             "date": time.strftime("%Y-%m-%d"),
             "products": products,

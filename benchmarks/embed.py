@@ -272,8 +272,11 @@ def ordinary(folder, precision):
     return run | {"memory": peak_memory()}
 
 
-def flop_of(folder, n_captions, n_clips):
-    """FLOP that cannot be avoided, counted by PyTorch.
+def flop_of(folder, n_captions, n_clips, precision):
+    """FLOP of the script's networks, counted by PyTorch.
+
+    Those of convolutions depend on how a precision has them computed, and on
+    the windows of a batch, which share the transforms of weights.
 
     Returns
     -------
@@ -282,17 +285,24 @@ def flop_of(folder, n_captions, n_clips):
     """
     from torch.utils.flop_counter import FlopCounterMode
 
+    from microsoft_curation_toemb import CPU_BATCH
     from models.clap import CLAP
 
     clap = CLAP(f"{folder}/text_model", text_pretrained=False).eval()
+    clap.to(device())
     lengths = np.array(LENGTHS)
     mean = (lengths * np.arange(4, 4 + len(lengths))).sum() / lengths.sum()
-    token = torch.ones(1, round(mean), dtype=torch.long)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    token = torch.ones(1, round(mean), dtype=torch.long, device=device())
+    windows = torch.zeros(CPU_BATCH, 220500, device=device())
+    with (
+        torch.no_grad(),
+        torch.autocast(device(), torch.bfloat16, precision == "bf16"),
+        FlopCounterMode(display=False) as counter,
+    ):
         clap.encode_text({"input_ids": token, "attention_mask": token})
         text = counter.get_total_flops()
-        clap.encode_audio(torch.zeros(1, 220500))
-        audio = counter.get_total_flops() - text
+        clap.encode_audio(windows)
+        audio = (counter.get_total_flops() - text) / CPU_BATCH
     return {"text": n_captions * text, "audio": n_clips * audio}
 
 
@@ -335,14 +345,18 @@ def main(argv):
                 runs[side].append(
                     in_process("benchmarks.embed", flags, environment)
                 )
-        flop = flop_of(folder, args.captions, args.clips)
+        flop = {
+            precision: flop_of(folder, args.captions, args.clips, precision)
+            for _, precision, _ in sides.values()
+        }
         rows = [
-            row_of(folder, kind, count, side, runs, flop[kind])
+            row_of(folder, kind, count, side, runs, flop)
             for kind, count in (("text", args.captions), ("audio", args.clips))
             for side in sides
         ]
     each = (
-        f"{flop[kind] / count / 1e9:.1f} GFLOP a {name}"
+        f"{flop[precision][kind] / count / 1e9:.1f} GFLOP a {name}, {precision}"
+        for precision in flop
         for kind, count, name in (
             ("text", args.captions, "caption"),
             ("audio", args.clips, "window"),
@@ -369,7 +383,8 @@ def row_of(folder, kind, count, side, runs, flop):
         row.ratio_a, row.ratio_b = (
             seconds[other] / seconds[side] for other in list(SIDES)[:2]
         )
-        row.of_limit = flop / seconds[side] / product_speed(precision)
+        speed = flop[precision][kind] / seconds[side]
+        row.of_limit = speed / product_speed(precision)
         row.limit = f"{precision} product"
         low, _ = cosines(folder, precision, kind)
         row.difference = f"cosine {low:.6f} or more"

@@ -22,6 +22,7 @@ the first batch before training, without dropout.
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -157,23 +158,29 @@ def timed(step, data):
     }
 
 
-def flop_of_a_step(folder, batch):
-    """FLOP of a step that pads captions to the longest, counted by PyTorch."""
+def flop_of_a_step(folder, batch, precision):
+    """FLOP of the script's step, counted by PyTorch."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from dataset.text import CaptionTokenizer
     from models.clap import CLAP
 
     text_model = f"{folder}/text_model"
-    clap = CLAP(text_model, text_pretrained=False)
+    clap = CLAP(text_model, text_pretrained=False).to(device())
     tokenize = CaptionTokenizer(text_model)
-    with FlopCounterMode(display=False) as counter:
-        # One clip, whose FLOP are those of any other, and all the captions.
-        for wavs, tokens in batches_of(folder, batch, 1, tokenize):
-            clap.encode_audio(wavs[:1]).sum().backward()
-            audio = counter.get_total_flops()
-            clap.encode_text(tokens).sum().backward()
-    return counter.get_total_flops() + (batch - 1) * audio
+    [(wavs, tokens)] = batches_of(folder, batch, 1, tokenize)
+    tokens = {k: v.to(device()) for k, v in tokens.items()}
+
+    def of_shapes(sums, a, b, **_):
+        return 2 * math.prod(a) * b[-1]
+
+    # PyTorch does not count products that are added in place.
+    added = {torch.ops.aten.baddbmm_: of_shapes}
+    with FlopCounterMode(display=False, custom_mapping=added) as counter:
+        with torch.autocast(device(), torch.bfloat16, precision == "bf16"):
+            audio, text, _ = clap(wavs.to(device()), tokens)
+        (audio.sum() + text.sum()).backward()
+    return counter.get_total_flops()
 
 
 def main(argv):
@@ -198,12 +205,15 @@ def main(argv):
             flags = ["--side", name, "--folder", folder]
             flags += ["--precision", precision, *sizes]
             runs[side] = in_process("benchmarks.step", flags, environment)
-        flop = flop_of_a_step(folder, args.batch)
+        flop = {
+            precision: flop_of_a_step(folder, args.batch, precision)
+            for _, precision, _ in sides.values()
+        }
     rows = []
     ways = [runs[side] for side in list(sides)[:2]]
     for side, (name, precision, _) in sides.items():
         run = runs[side]
-        speed = flop / run["seconds"] / product_speed(precision)
+        speed = flop[precision] / run["seconds"] / product_speed(precision)
         is_ours = name == "ours"
         rows.append(
             Row(
@@ -218,7 +228,8 @@ def main(argv):
                 difference=f"loss {run['loss'] - ways[0]['loss']:+.1e}",
             )
         )
-    print(machine(), f"; {flop / 1e12:.2f} TFLOP a step", sep="")
+    each = (f"{v / 1e12:.2f} TFLOP a step, {k}" for k, v in flop.items())
+    print(machine(), *each, sep="; ")
     show(rows)
     return rows
 

@@ -267,7 +267,9 @@ class Conv3x3(nn.Conv2d):
         precisions = [torch.float32]
         if not torch.cpu._is_avx512_bf16_supported():
             precisions.append(torch.bfloat16)
-        # Fewer channels would take longer to transform than they save.
-        if x.is_cpu and dtype in precisions and self.in_channels >= 64:
+        # Fewer channels would take longer to transform than they save. Without
+        # images there is nothing to sum a gradient from.
+        pays = dtype in precisions and self.in_channels >= 64
+        if x.is_cpu and pays and len(x):
             return WinogradConvolution.apply(x, self.weight, dtype)
         return super().forward(x)
