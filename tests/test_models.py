@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from models.clap import CLAP
-from models.cnn14 import CNN14, ConvBlock, LogMel, channels_last
+from models.cnn14 import CNN14, ConvBlock, Dropout, LogMel, channels_last
 
 
 def reference_logmel(sample_rate, fmin, fmax):
@@ -260,6 +260,40 @@ def test_dropout_factor():
     assert zeros == pytest.approx(0.25, abs=0.03)
     with pytest.raises(ValueError, match="dropout_factor=2"):
         CNN14(16000, fmax=8000, dropout_factor=2)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_each_value_by_itself(rate, dtype):
+    torch.manual_seed(0)
+    layer = Dropout(rate)
+    x = torch.ones(7, 33, 125, 9, dtype=dtype)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    y = layer(x)
+    assert y.dtype == dtype and y.stride() == x.stride()
+    scale = torch.tensor(1 / (1 - rate), dtype=dtype)
+    assert set(y.unique().tolist()) == {0, scale.item()}
+    kept = (y > 0).double()
+    # Standard deviations of a share of n and of a correlation: 1 / sqrt(n).
+    near = 4 / math.sqrt(x.numel())
+    assert abs(kept.mean() - (1 - rate)) < near * math.sqrt(rate * (1 - rate))
+    flat = kept.permute(0, 2, 3, 1).flatten()
+    for lag in (1, 2, 3, 4, 33):
+        pair = torch.stack([flat[lag:], flat[:-lag]])
+        assert abs(torch.corrcoef(pair)[0, 1]) < near
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient, y)
+
+
+def test_dropout_goes_by_the_seed_and_by_the_mode():
+    layer, x = Dropout(0.5), torch.ones(3, 5)
+    torch.manual_seed(3)
+    first, other = layer(x), layer(x)
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), first)
+    assert not torch.equal(other, first)
+    assert layer.eval()(x) is x
+    assert torch.equal(Dropout(0.0)(x), x)
 
 
 def test_channels_last_holds_through_the_blocks():

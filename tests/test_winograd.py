@@ -1,53 +1,62 @@
 """Convolutions by Winograd's method against PyTorch's direct ones."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 import models.winograd
 from models.winograd import Conv3x3, WinogradConvolution
 
-# Edges that no tile ends at, a tile alone, tiles two wide, and images in twos
-# and threes.
-SHAPES = [(2, 3, 7, 5), (1, 2, 1, 1), (3, 5, 9, 2), (2, 1, 16, 8), (5, 2, 4, 3)]
+# Edges that no tile ends at, a tile alone, images two wide and narrower, in
+# twos and threes, and more channels than are transformed at once.
+SHAPES = [
+    (2, 3, 7, 5), (1, 2, 1, 1), (3, 5, 9, 2), (2, 70, 16, 8), (5, 2, 4, 3)
+]  # fmt: skip
 
 
 def draw(*shape):
-    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    return torch.randn(shape, requires_grad=True)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("cached_values", [1, 10**6])
+@pytest.mark.parametrize("part_values", [1, 10**6])
 def test_values_and_gradients_are_those_of_a_direct_convolution(
-    shape, cached_values, monkeypatch
+    shape, part_values, monkeypatch
 ):
     # 1: as many parts as there can be, of three tiles where rows have fewer.
-    monkeypatch.setattr(models.winograd, "CACHED_VALUES", cached_values)
+    monkeypatch.setattr(models.winograd, "PART_VALUES", part_values)
     torch.manual_seed(0)
-    x, weight = draw(*shape), draw(3, shape[1], 3, 3)
-    expected = F.conv2d(x, weight, padding=1)
-    found = WinogradConvolution.apply(x, weight, x.dtype)
-    torch.testing.assert_close(found, expected)
-    gradient = torch.randn_like(expected)
-    for a, b in zip(
-        torch.autograd.grad(found, (x, weight), gradient),
-        torch.autograd.grad(expected, (x, weight), gradient),
-    ):
-        torch.testing.assert_close(a, b)
+    inputs = draw(*shape), draw(3, shape[1], 3, 3)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    found = WinogradConvolution.apply(*inputs, torch.float32)
+    expected = F.conv2d(*exact, padding=1)
+    gradient = torch.randn_like(found)
+    of_found = torch.autograd.grad(found, inputs, gradient)
+    of_expected = torch.autograd.grad(expected, exact, gradient.double())
+    for a, b in zip((found, *of_found), (expected, *of_expected)):
+        assert a.shape == b.shape
+        assert (a - b).norm() < 1e-5 * b.norm()
 
 
-def test_parts_are_as_large_as_caches_take_but_no_smaller_than_channels(
+def test_parts_are_as_large_as_they_may_but_no_smaller_than_channels(
     monkeypatch,
 ):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     small = models.winograd.Tiling(torch.empty(5, 1, 8, 2))
-    assert len(list(small.parts(5, 64, 64))) == 1
+    assert list(small.parts(64, 64)) == [range(0, 10)]
+    # 100 rows of tiles, of 20 each.
     large = models.winograd.Tiling(torch.empty(5, 1, 80, 80))
-    # 11 tiles fit, but 60 are three rows.
-    assert len(list(large.parts(5, 2000, 60))) == 5 * 7
-    assert len(list(large.parts(5, 2000, 400))) == 5
+    # 22 tiles are a row, but 60 are three.
+    assert list(large.parts(2000, 60))[:2] == [range(0, 3), range(3, 6)]
+    assert list(large.parts(2000, 60))[-1] == range(99, 100)
+    assert len(list(large.parts(2000, 400))) == 5
     monkeypatch.setattr(torch, "get_num_threads", lambda: 72)
-    assert len(list(large.parts(5, 2000, 60))) == 5
+    assert len(list(large.parts(2000, 60))) == 3
 
 
 @pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
@@ -70,23 +79,49 @@ def test_in_fp32_it_stays_within_rounding(layout):
 
 
 @pytest.mark.parametrize(
-    ("of_x", "of_weight", "margins"),
-    [(True, False, [1]), (False, True, [1, 0]), (True, True, [1, 1, 0])],
+    ("of_x", "of_weight", "expected"),
+    [
+        (True, False, ["inputs"]),
+        (False, True, ["inputs", "gradients"]),
+        (True, True, ["inputs", "inputs", "gradients"]),
+    ],
 )
-def test_no_gradient_is_computed_in_vain(of_x, of_weight, margins, monkeypatch):
+def test_no_gradient_is_computed_in_vain(
+    of_x, of_weight, expected, monkeypatch
+):
     x, weight = draw(1, 2, 4, 4), draw(3, 2, 3, 3)
     x.requires_grad_(of_x)
     weight.requires_grad_(of_weight)
     found = WinogradConvolution.apply(x, weight, x.dtype)
-    tiles, seen = models.winograd.Tiling.tiles, []
+    planes_of, seen = models.winograd.Tiling.planes_of, []
 
-    def noted(tiling, x, part, margin):
-        seen.append(margin)
-        return tiles(tiling, x, part, margin)
+    def noted(tiling, images, part, matrices):
+        seen.append(matrices)
+        return planes_of(tiling, images, part, matrices)
 
-    monkeypatch.setattr(models.winograd.Tiling, "tiles", noted)
+    monkeypatch.setattr(models.winograd.Tiling, "planes_of", noted)
     found.sum().backward()
-    assert seen == margins
+    assert seen == expected
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="Numba has one thread then")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_number_of_threads_stays_as_it_was(threads):
+    """Numba and PyTorch may have the same OpenMP."""
+    code = (
+        "import torch; from models.winograd import Conv3x3;"
+        f"torch.set_num_threads({threads});"
+        "Conv3x3(64, 8)(torch.ones(1, 64, 8, 8));"
+        "print(torch.get_num_threads())"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    assert printed.split() == [str(threads)]
 
 
 def test_no_images_have_no_gradient():
