@@ -16,16 +16,20 @@ _KEEPS = os.access(os.path.dirname(os.path.abspath(__file__)), os.W_OK)
 # Neighbours are often equal; an addition to the same place would wait for the
 # one before it.
 _TALLIES = 8
+# Values of which the highest is found first.
+_LOOKED_AT = 64
 
 
 @numba.njit(nogil=True, cache=_KEEPS)
-def reaching(product, limit, hits):
+def reaching(product, rows, limit, hits):
     """Find the values that reach a limit.
 
     Arguments
     ---------
     product : array
         (rows, columns) of int16 or int32.
+    rows : array of int
+        Those to look through, ascending.
     limit : int
     hits : array of int32
         (rows * columns,) to be filled with flat indices, ascending.
@@ -37,16 +41,17 @@ def reaching(product, limit, hits):
     """
     count = 0
     columns = product.shape[1]
-    for i in range(len(product)):
-        row = product[i]
-        highest = row[0]
-        for j in range(columns):
-            highest = row[j] if row[j] > highest else highest
-        if highest >= limit:  # few rows have any
-            for j in range(columns):
-                if row[j] >= limit:
-                    hits[count] = i * columns + j
-                    count += 1
+    for i in rows:
+        for begin in range(0, columns, _LOOKED_AT):
+            part = product[i, begin : begin + _LOOKED_AT]
+            highest = part[0]
+            for j in range(len(part)):
+                highest = part[j] if part[j] > highest else highest
+            if highest >= limit:  # few have any
+                for j in range(len(part)):
+                    if part[j] >= limit:
+                        hits[count] = i * columns + begin + j
+                        count += 1
     return count
 
 
@@ -70,7 +75,8 @@ def histogram(product, scale, lowest, counts, best_of_row, best_of_column):
     """
     columns = product.shape[1]
     tallies = np.zeros((_TALLIES, len(counts)), np.int64)
-    bins = np.empty(columns, np.int32)
+    # Unsigned: signed indices might count from the end, which takes longer.
+    bins = np.empty(columns, np.uint32)
     scale = np.float32(scale)
     first, last = np.float32(0), np.float32(len(counts) - 1)
     offset = np.float32(lowest)
@@ -84,7 +90,7 @@ def histogram(product, scale, lowest, counts, best_of_row, best_of_column):
             best_of_column[j] = value if value > best else best
             step = np.floor(np.float32(value) * scale) - offset
             step = step if step > first else first
-            bins[j] = np.int32(step if step < last else last)
+            bins[j] = np.uint32(step if step < last else last)
         best_of_row[i] = highest
         for j in range(0, whole, _TALLIES):
             for k in range(_TALLIES):

@@ -261,7 +261,14 @@ class _Seen:
     text_best: list = dataclasses.field(default_factory=list)
 
     def add(self, product, unit, text_begin, scratch):
-        """Count one product (audio rows, texts), which may be lost."""
+        """Count one product (audio rows, texts).
+
+        Returns
+        -------
+        array of float
+            (audio rows,) the highest similarity of each, as its fast product
+            has it; of bf16, if all are negative, one of these.
+        """
         if product.dtype == torch.bfloat16:
             bits = product.view(torch.int16)
             unsigned = scratch.take(torch.int32, bits.shape, bits.device)
@@ -281,6 +288,7 @@ class _Seen:
             self.bins = counts if self.bins is None else self.bins + counts
         np.maximum(self.best, best[0], out=self.best)
         self.text_best.append((text_begin, best[1]))
+        return best[0]
 
 
 class _Scratch(threading.local):
@@ -443,8 +451,9 @@ def pairs_over(
     room = _CACHE_BYTES
     if kind == "cuda":
         room = torch.cuda.mem_get_info(device)[0] // 4
-    fits = n_text * width * 8 <= room  # both kinds of numbers, 4 bytes at most
     fast_width = width if axes is None else axes.shape[1] + 1
+    # On the grid a number takes 2 bytes and 4 more as `whole`, or 4 alone.
+    fits = n_text * (6 * width + dtype.itemsize * fast_width) <= room
     num_kept = n_text if fits else room // (fast_width * dtype.itemsize)
     texts = _Blocks(read_text, n_text, text_bs, num_kept)
     scratch, waiting = _Scratch(), collections.deque()
@@ -612,7 +621,8 @@ def _fastest_product(
             candidates = bounds >= threshold - _margin(*rows)
             seconds = preparing + candidates.double().mean().item() * decision
             if seconds < least:
-                seconds += product_seconds(dtype, sides[0].shape[1], device)
+                width = sides[0].shape[1]
+                seconds += product_seconds(dtype, width, device, least)
             if seconds < least:
                 best, least = (name, axes), seconds
     return best
@@ -715,7 +725,14 @@ def _pairs_of(rows, texts, threshold, reached, with_report, scratch):
     for block in texts:
         product = _product(rows.fast, block.fast, scratch)
         unit, margin = rows.unit * block.unit, _margin(rows, block)
-        flat = _reaching(product, (threshold - margin) / unit, scratch)
+        limit, looked_at = (threshold - margin) / unit, np.arange(len(rows))
+        if with_report:
+            highest_of_rows = seen.add(product, unit, block.begin, scratch)
+            if product.dtype == torch.int32:
+                # With room for what the multiplication by the unit rounds.
+                lowest = threshold - margin - 1e-5
+                looked_at = np.flatnonzero(highest_of_rows >= lowest)
+        flat = _reaching(product, looked_at, limit, scratch)
         largest_margin = max(largest_margin, margin + _output_rounding(product))
         if not (reached or len(flat)):
             best = np.array([_argmax(product)])
@@ -725,8 +742,6 @@ def _pairs_of(rows, texts, threshold, reached, with_report, scratch):
                 # Bounds may exceed the similarities by more than the margin.
                 bound = unit * product.view(-1)[best[0]].item() + margin
                 largest_margin = max(largest_margin, bound - value)
-        if with_report:
-            seen.add(product, unit, block.begin, scratch)
         audio, text, similarities = _exact_of(rows, block, flat, scratch)
         highest = similarities.max(initial=highest)
         keep = similarities >= threshold
@@ -829,7 +844,7 @@ def _ignored_bits():
     ]
 
 
-def product_seconds(dtype, width, device="cpu"):
+def product_seconds(dtype, width, device="cpu", enough=np.inf):
     """Time that a similarity takes in the fast product.
 
     Arguments
@@ -838,6 +853,8 @@ def product_seconds(dtype, width, device="cpu"):
     width : int
         Length of the vectors.
     device : str
+    enough : float
+        Seconds of which four times as many need not be measured again.
 
     Returns
     -------
@@ -846,13 +863,13 @@ def product_seconds(dtype, width, device="cpu"):
         is searched for what reaches a limit.
     """
     matrix = torch.ones(1024, width, dtype=dtype, device=device)
-    scratch = _Scratch()
+    rows, scratch = np.arange(1024), _Scratch()
 
     def run():
         product = _product(matrix, matrix, scratch)
-        _reaching(product, 2.0 * 127**2 * width, scratch)
+        _reaching(product, rows, 2.0 * 127**2 * width, scratch)
 
-    return _least_seconds(run) / 1024**2
+    return _least_seconds(run, enough * 1024**2) / 1024**2
 
 
 def _decision_seconds(audio, text, device):
@@ -865,13 +882,18 @@ def _decision_seconds(audio, text, device):
     return _least_seconds(lambda: _exact_of(audio, text, flat, scratch)) / 1024
 
 
-def _least_seconds(run):
-    """The best of three."""
+def _least_seconds(run, enough=np.inf):
+    """The best of three, or the first if that is four times as much as enough.
+
+    A first run may well take twice as long as the others.
+    """
     times = []
     for _ in range(3):
         begin = time.perf_counter()
         run()
         times.append(time.perf_counter() - begin)
+        if times[0] > 4 * enough:
+            break
     return min(times)
 
 
@@ -907,13 +929,15 @@ def _output_rounding(product):
     return 2.0**-8 if product.dtype == torch.bfloat16 else 0.0
 
 
-def _reaching(product, limit, scratch):
+def _reaching(product, rows, limit, scratch):
     """Flat indices of values that reach the limit, or would but for rounding.
 
     Arguments
     ---------
     product : torch.Tensor
         (audio rows, texts).
+    rows : array of int64
+        Those to look through, ascending; others have no such value.
     limit : float
         In the product's unit.
     scratch : _Scratch
@@ -942,7 +966,7 @@ def _reaching(product, limit, scratch):
         return torch.nonzero(product.view(-1) >= limit)[:, 0].cpu().numpy()
     values = product.numpy()
     hits = scratch.take(torch.int32, (values.size,), "cpu", "hits").numpy()
-    count = kernels.reaching(values, values.dtype.type(limit), hits)
+    count = kernels.reaching(values, rows, values.dtype.type(limit), hits)
     return hits[:count].astype(np.int64)
 
 
@@ -983,23 +1007,25 @@ def _exact_of(rows, block, flat, scratch):
     audio, text = np.divmod(flat, len(block))
     similarities = np.empty(len(flat))
     if len(flat):
-        exact = block.exact() if callable(block.exact) else block.exact
-        dots = _dots_on_gpu if exact.is_cuda else _dots_on_cpu
-        dots(rows, audio, exact, text, similarities, scratch)
+        dots = _dots_on_gpu if rows.exact.is_cuda else _dots_on_cpu
+        dots(rows, audio, block, text, similarities, scratch)
     return rows.begin + audio, block.begin + text, similarities
 
 
-def _dots_on_cpu(rows, audio, exact, text, out, scratch):
+def _dots_on_cpu(rows, audio, block, text, out, scratch):
     """float64 dot products of pairs of rows."""
-    whole = exact
-    if exact.dtype != torch.float32:
-        shape = exact.shape
-        whole = scratch.take(torch.float32, shape, "cpu", "text").copy_(exact)
+    if callable(block.exact):
+        exact = block.exact()
+        whole = scratch.take(torch.float32, exact.shape, "cpu", "text")
+        whole.copy_(exact)
+    else:
+        whole = block.whole
     kernels.dots(rows.whole.numpy(), whole.numpy(), audio, text, out)
 
 
-def _dots_on_gpu(rows, audio, exact, text, out, scratch):
+def _dots_on_gpu(rows, audio, block, text, out, scratch):
     """The same, of gathered rows."""
+    exact = block.exact() if callable(block.exact) else block.exact
     for begin in range(0, len(out), _PAIRS_AT_ONCE):
         part = slice(begin, begin + _PAIRS_AT_ONCE)
         a, b = (
@@ -1029,10 +1055,10 @@ def _binned_on_cpu(product, unit):
 
 
 def _binned_on_gpu(product, unit, scratch):
-    """The same; the product is lost."""
+    """The same."""
     best = [unit * product.amax(dim).cpu().numpy() for dim in (1, 0)]
     shape, device = product.shape, product.device
-    steps = scratch.take(torch.float32, shape, device)
+    steps = scratch.take(torch.float32, shape, device, "steps")
     steps.copy_(product).mul_(100 * unit).floor_().clamp_(-100, 100)
     bins = scratch.take(torch.int32, shape, device).copy_(steps.add_(100))
     counts = torch.bincount(bins.view(-1), minlength=len(EDGES))

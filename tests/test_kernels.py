@@ -1,5 +1,6 @@
 """The compiled loops, and what a GPU has in their place, against NumPy."""
 
+import dataclasses
 from fractions import Fraction
 
 import numpy as np
@@ -19,10 +20,17 @@ def rng():
 
 def dots_on(side, rows, audio, exact, text):
     """What a device's function returns, on this one."""
-    block = similarity._Rows(0, rows, 1.0, 0.0, 1.0, rows)
-    out = np.full(len(audio), np.nan)
+    rows, kept = (
+        similarity._Rows(0, x, 1.0, 0.0, 1.0, x) for x in (rows, exact)
+    )
+    again = dataclasses.replace(kept, exact=lambda: exact)
     dots = getattr(similarity, f"_dots_on_{side}")
-    dots(block, audio, exact, text, out, similarity._Scratch())
+    found = []
+    for block in (kept, again):
+        out = np.full(len(audio), np.nan)
+        dots(rows, audio, block, text, out, similarity._Scratch())
+        found.append(out)
+    np.testing.assert_array_equal(*found)
     return out
 
 
@@ -32,11 +40,14 @@ def test_values_that_reach_a_limit(rng, shape, dtype):
     ends = np.iinfo(dtype)
     values = rng.integers(ends.min, ends.max, shape, dtype)
     for limit in (ends.min, -5, values[-1, -1], ends.max):
-        hits = np.full(values.size, -1, np.int32)
-        count = kernels.reaching(values, dtype(limit), hits)
-        expected = np.flatnonzero(values >= limit)
-        np.testing.assert_array_equal(hits[:count], expected)
-        assert (hits[count:] == -1).all()
+        for rows in (np.arange(len(values)), np.arange(0, len(values), 2)):
+            hits = np.full(values.size, -1, np.int32)
+            count = kernels.reaching(values, rows, dtype(limit), hits)
+            expected = np.zeros(shape, bool)
+            expected[rows] = values[rows] >= limit
+            expected = np.flatnonzero(expected)
+            np.testing.assert_array_equal(hits[:count], expected)
+            assert (hits[count:] == -1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
@@ -47,7 +58,8 @@ def test_what_reaches_a_limit_in_each_format(rng, dtype, limit):
     if dtype == torch.int32:
         values, limit = 1000 * values, 1000 * limit
     values = values.to(dtype)
-    found = similarity._reaching(values, limit, similarity._Scratch())
+    scratch = similarity._Scratch()
+    found = similarity._reaching(values, np.arange(33), limit, scratch)
     # 0.6 is no bf16 number: the next one below it is the limit.
     if dtype == torch.bfloat16 and np.isfinite(limit):
         limit = similarity._bf16_below(limit).item()
@@ -78,6 +90,7 @@ def test_counts_and_the_highest(rng, shape, dtype, side):
     )
     np.testing.assert_array_equal(bins, expected)
     highest = [unit * product.numpy().max(axis=axis) for axis in (1, 0)]
+    assert torch.equal(copy, product)  # it is looked through afterwards
     for found, wanted in zip(best, highest):
         np.testing.assert_array_equal(found, wanted)
 

@@ -139,7 +139,9 @@ def test_fewer_dimensions_give_the_same_file(
     monkeypatch.setattr(similarity, "_NUM_AXES", (5,))
     # Wide products alone take time.
     monkeypatch.setattr(
-        similarity, "product_seconds", lambda dtype, width, device: width
+        similarity,
+        "product_seconds",
+        lambda dtype, width, device, enough: width,
     )
     used = []
 

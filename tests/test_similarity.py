@@ -69,15 +69,17 @@ def assert_pairs(found, naive, threshold):
     np.testing.assert_array_equal(found[2], naive[audio, text])
 
 
+@pytest.mark.parametrize("with_report", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("audio_bs, text_bs", BLOCKS)
 def test_pairs_are_those_of_a_naive_product(
-    vectors, naive, audio_bs, text_bs, precision
+    vectors, naive, audio_bs, text_bs, precision, with_report
 ):
     assert (np.abs(naive - THRESHOLD) < 1e-4).sum() > 100
     found = search(
         vectors,
         THRESHOLD,
+        with_report=with_report,
         audio_bs=audio_bs,
         text_bs=text_bs,
         precision=precision,
@@ -116,7 +118,7 @@ def costs(monkeypatch):
         monkeypatch.setattr(
             similarity,
             "product_seconds",
-            lambda dtype, width, device: width * times[dtype],
+            lambda dtype, width, device, enough: width * times[dtype],
         )
         monkeypatch.setattr(
             similarity, "_decision_seconds", lambda *_: decision
@@ -223,6 +225,12 @@ def test_times_are_those_of_a_similarity(vectors, monkeypatch, precision):
     monkeypatch.setattr(similarity.time, "perf_counter", clock.__next__)
     dtype = similarity._PRECISIONS[precision]
     assert similarity.product_seconds(dtype, 64) == 2.0**-20
+    assert next(clock) == 6
+    # Begin and end of a single run that takes more than four times as long.
+    for enough, used in ((0.24, 2), (0.26, 6)):
+        begin = next(clock)
+        similarity.product_seconds(dtype, 64, enough=enough * 2.0**-20)
+        assert next(clock) == begin + used + 1
     sides = [torch.from_numpy(v).double() for v in vectors]
     assert similarity._decision_seconds(*sides, "cpu") == 2.0**-10
 
