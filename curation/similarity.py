@@ -384,7 +384,7 @@ def pairs_over(
         Counts, updated on the way.
     with_report : bool
         Whether to count all similarities too, which takes a fifth longer, or
-        2.5 times as long on embeddings near a few axes, as of trained models.
+        twice as long on embeddings near a few axes, as of trained models.
     audio_bs, text_bs : int
         Rows at a time. Blocks of more than 2048 on a CPU or 16384 on a GPU are
         cut. None takes 1024 texts on a CPU and 4096 on a GPU.
