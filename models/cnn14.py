@@ -126,7 +126,8 @@ class Dropout(nn.Dropout):
 
     def forward(self, x):
         """As `torch.nn.Dropout`."""
-        if not (x.is_cpu and self.training and self.p):
+        draws_masks = x.is_cpu and self.training and self.p
+        if not draws_masks or torch.compiler.is_compiling():
             return super().forward(x)
         size = x.numel()
         draws = torch.empty(-(-size // 4), dtype=torch.int64)

@@ -439,9 +439,12 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x):
         """As `torch.nn.Conv2d`."""
+        # PyTorch's compiler can't look into what Numba compiled.
+        if not x.is_cpu or torch.compiler.is_compiling():
+            return super().forward(x)
         dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
         # Without instructions for bf16, a direct convolution in it takes many
         # times as long. (With them, the two have not been compared.)
         precisions = [torch.float32]
@@ -449,7 +452,6 @@ class Conv3x3(nn.Conv2d):
             precisions.append(torch.bfloat16)
         # Fewer channels would take longer to transform than they save. Without
         # images there is nothing to sum a gradient from.
-        pays = dtype in precisions and self.in_channels >= 64
-        if x.is_cpu and pays and len(x):
+        if dtype in precisions and self.in_channels >= 64 and len(x):
             return WinogradConvolution.apply(x, self.weight, dtype)
         return super().forward(x)

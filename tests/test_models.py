@@ -296,6 +296,21 @@ def test_dropout_goes_by_the_seed_and_by_the_mode():
     assert torch.equal(Dropout(0.0)(x), x)
 
 
+def test_pytorchs_compiler_takes_the_network_as_a_whole():
+    """Compiled loops and random bits, which it can't look into, are left out.
+
+    The last block has the channels for them.
+    """
+    torch.manual_seed(0)
+    network, wavs = CNN14(16000, fmax=8000, width=2), torch.randn(2, 16000)
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    assert compiled(wavs).shape == (2, 64)
+    network.eval()
+    found, expected = compiled(wavs), network(wavs)
+    assert not torch.equal(found, expected)  # for rounding
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_channels_last_holds_through_the_blocks():
     """Also of a spectrogram whose strides come from the batch norm."""
     torch.manual_seed(0)
