@@ -117,11 +117,10 @@ def channels_last(x):
 
 
 class Dropout(nn.Dropout):
-    """Dropout, whose masks are drawn four times as fast on a CPU.
+    """Dropout, whose masks take less time on a CPU.
 
-    PyTorch draws them one by one there, which would take a twentieth of a
-    training step. Here one draw of 64 bits makes four values; the rate is met
-    to 1/65536.
+    PyTorch makes a draw for each value there. Here one of 64 bits makes four;
+    the rate is met to 1/65536.
     """
 
     def forward(self, x):
