@@ -341,13 +341,13 @@ def transformed(weight, tiling, flipped=False):
     )
 
 
-def convolve(x, weights, tiling):
+def convolve(images, weights, tiling):
     """A 3x3 convolution with padding 1.
 
     Arguments
     ---------
-    x : torch.Tensor
-        (batch, in_channels, height, width).
+    images : torch.Tensor
+        (batch, height, width, in_channels), as `pixels` returns them.
     weights : torch.Tensor
         (values of a tile, in_channels, out_channels), float32.
     tiling : Tiling
@@ -358,7 +358,6 @@ def convolve(x, weights, tiling):
     torch.Tensor
         (batch, out_channels, height, width), float32, channels last in memory.
     """
-    images = pixels(x)
     y = torch.empty(*images.shape[:3], weights.shape[2])
     for part in tiling.parts(*weights.shape[1:]):
         planes = tiling.planes_of(images, part, "inputs")
@@ -400,7 +399,7 @@ class WinogradConvolution(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         tiling = Tiling(x)
         weights = transformed(weight, tiling).transpose(1, 2)
-        return convolve(x, weights, tiling).to(dtype)
+        return convolve(pixels(x), weights, tiling).to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -408,15 +407,14 @@ class WinogradConvolution(torch.autograd.Function):
     def backward(ctx, gradient):
         """Gradients of the images and of the weights."""
         x, weight = ctx.saved_tensors
-        tiling = Tiling(x)
+        tiling, gradients = Tiling(x), pixels(gradient)
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
             weights = transformed(weight, tiling, flipped=True)
-            of_x = convolve(gradient, weights, tiling).to(x.dtype)
+            of_x = convolve(gradients, weights, tiling).to(x.dtype)
         if ctx.needs_input_grad[1]:
             sums = torch.empty(tiling.num_planes, *weight.shape[:2])
-            images, gradients = pixels(x), pixels(gradient)
-            parts = tiling.parts(x.shape[1], len(weight))
+            images, parts = pixels(x), tiling.parts(x.shape[1], len(weight))
             for i, part in enumerate(parts):
                 planes = tiling.planes_of(images, part, "inputs")
                 of_sums = tiling.planes_of(gradients, part, "gradients")
