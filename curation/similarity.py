@@ -53,6 +53,13 @@ than the 1e-10 that is added to it, and moves the first product by less than
 trained models lie near a few axes. How many to take, and the format, is found
 from a sample and from the time that products take on the machine
 (`fastest_product`).
+
+Principal axes give a few coordinates nearly all of the length, and int8 numbers
+the steps that these need. The short vectors are therefore turned, all by one
+rotation that dot products do not feel, until their numbers are alike
+(`_turned`). What products in int8 or bf16 leave of them is looked at once more
+in fp32, dimension for dimension a sixteenth of the work of a similarity or
+less, before it is decided.
 """
 
 import collections
@@ -80,6 +87,8 @@ _PRECISIONS = {
     "fp16": torch.float16,
     "int8": torch.int8,
 }
+# Those that lose so much of a bound that it is worth a look before a decision.
+_ROUGH = (torch.int8, torch.bfloat16)
 _ON = {"cpu": ("int8", "bf16", "fp32"), "cuda": ("fp16", "bf16", "fp32")}
 # Rows of a block at most, that a product stays within 16 MB, on a GPU 1 GB.
 _MAX_ROWS = {"cpu": 2048, "cuda": 16384}
@@ -215,7 +224,7 @@ class _Rows:
         First row's number.
     fast : torch.Tensor
         (rows, d) in the format of the fast product, or (rows, k + 1)
-        coordinates and residual if axes are used.
+        coordinates and residual, turned, if axes are used.
     unit : float
         What 1 stands for in `fast`.
     lost, norm : float
@@ -223,6 +232,9 @@ class _Rows:
     exact : torch.Tensor or callable
         (rows, d) on the grid, fp16 if that holds them, else fp32; or what
         returns them, if they are not kept.
+    short : torch.Tensor
+        (rows, k + 1) float32, what `fast` was rounded from, if axes are used
+        and its format is one of `_ROUGH`.
     """
 
     begin: int
@@ -231,6 +243,7 @@ class _Rows:
     lost: float
     norm: float
     exact: torch.Tensor | collections.abc.Callable
+    short: torch.Tensor | None = None
 
     @functools.cached_property
     def whole(self):
@@ -248,6 +261,7 @@ class _Rows:
             begin=self.begin + begin,
             exact=self.exact[begin:end],
             fast=self.fast[begin:end],
+            short=None if self.short is None else self.short[begin:end],
         )
 
 
@@ -430,11 +444,17 @@ def pairs_over(
     width = np.asarray(text_block(0, 1)).shape[1]
     text_bs = _TEXT_ROWS[kind] if text_bs is None else text_bs
     text_bs = min(text_bs, _MAX_ROWS[kind])
-    axes = None if axes is None else axes.to(device)
+    turned = None if axes is None else _turned(axes).to(device)
 
     def read_text(begin, end):
         rows = _prepare(
-            text_block(begin, end), begin, dtype, device, "text", axes, scratch
+            text_block(begin, end),
+            begin,
+            dtype,
+            device,
+            "text",
+            turned,
+            scratch,
         )
         if not fits:
             # Reading it again for a few rows costs less than preparing it.
@@ -442,7 +462,7 @@ def pairs_over(
         return rows
 
     def search(vectors, begin, reached):
-        rows = _prepare(vectors, begin, dtype, device, "audio", axes, scratch)
+        rows = _prepare(vectors, begin, dtype, device, "audio", turned, scratch)
         return search_rows(rows, reached)
 
     def search_rows(rows, reached):
@@ -451,10 +471,13 @@ def pairs_over(
     room = _CACHE_BYTES
     if kind == "cuda":
         room = torch.cuda.mem_get_info(device)[0] // 4
-    fast_width = width if axes is None else axes.shape[1] + 1
+    # Of a text, without what it is decided by.
+    row_bytes = width * dtype.itemsize
+    if turned is not None:
+        row_bytes = turned.shape[1] * (dtype.itemsize + 4)
     # On the grid a number takes 2 bytes and 4 more as `whole`, or 4 alone.
-    fits = n_text * (6 * width + dtype.itemsize * fast_width) <= room
-    num_kept = n_text if fits else room // (fast_width * dtype.itemsize)
+    fits = n_text * (6 * width + row_bytes) <= room
+    num_kept = n_text if fits else room // row_bytes
     texts = _Blocks(read_text, n_text, text_bs, num_kept)
     scratch, waiting = _Scratch(), collections.deque()
     blocks = _even_blocks(n_audio, audio_bs, _MAX_ROWS[kind])
@@ -598,14 +621,16 @@ def _fastest_product(
         sides = [audio[1::2], text[1::2]]
         if count is not None:
             axes = all_axes[:, :count].contiguous()
-            short = [_short(side, axes, _Scratch()) for side in sides]
+            turned = _turned(axes)
+            short = [_short(side, turned, _Scratch()) for side in sides]
             begin = time.perf_counter()
             for side in sides:
-                _short(side, axes, scratch)
+                _short(side, turned, scratch)
             preparing = time.perf_counter() - begin
             preparing /= sum(map(len, sides))  # a row
             preparing *= 1 / n_audio + 1 / n_text  # a similarity
             sides = short
+            look = _decision_seconds(*sides, device)
         bounds = sides[0] @ sides[1].T
         for name in names:
             dtype = _PRECISIONS[name]
@@ -618,14 +643,22 @@ def _fastest_product(
                 )
                 for side in sides
             ]
-            candidates = bounds >= threshold - _margin(*rows)
-            seconds = preparing + candidates.double().mean().item() * decision
+            candidates = _share(bounds >= threshold - _margin(*rows))
+            seconds = preparing + candidates * decision
+            if count is not None and dtype in _ROUGH:
+                left = _share(bounds >= threshold)
+                seconds = preparing + candidates * look + left * decision
             if seconds < least:
                 width = sides[0].shape[1]
                 seconds += product_seconds(dtype, width, device, least)
             if seconds < least:
                 best, least = (name, axes), seconds
     return best
+
+
+def _share(chosen):
+    """Of a tensor of bool, how many are true."""
+    return chosen.double().mean().item()
 
 
 def precisions(device):
@@ -733,6 +766,8 @@ def _pairs_of(rows, texts, threshold, reached, with_report, scratch):
                 lowest = threshold - margin - 1e-5
                 looked_at = np.flatnonzero(highest_of_rows >= lowest)
         flat = _reaching(product, looked_at, limit, scratch)
+        if rows.short is not None:
+            flat = _bounded(rows, block, flat, threshold)
         largest_margin = max(largest_margin, margin + _output_rounding(product))
         if not (reached or len(flat)):
             best = np.array([_argmax(product)])
@@ -768,24 +803,41 @@ def _sample(read, count):
     return torch.from_numpy(np.concatenate(blocks)).double()
 
 
-def _short(vectors, axes, scratch):
+def _turned(axes):
+    """Axes for coordinates that are alike, (d, k + 1).
+
+    They span the same space, but with a dimension more, in which coordinates
+    add up to zero: the direction where all are equal is left to the residual.
+
+    Arguments
+    ---------
+    axes : torch.Tensor
+        (d, k) orthonormal columns.
+    """
+    size = axes.shape[1] + 1
+    columns = torch.randn(
+        size, size, generator=torch.Generator().manual_seed(0)
+    ).double()
+    columns[:, 0] = 1
+    return axes @ torch.linalg.qr(columns)[0][:, 1:].T.to(axes)
+
+
+def _short(vectors, turned, scratch):
     """Coordinates and the residual's norm, (rows, k + 1) float64 in scratch."""
     wide = scratch.take(torch.float64, vectors.shape, vectors.device, "wide")
     wide.copy_(vectors)
-    shape = (len(wide), axes.shape[1] + 1)
-    short = scratch.take(torch.float64, shape, wide.device, "short")
-    coordinates = short[:, :-1].copy_(wide @ axes)
+    size = turned.shape[1]
+    short = scratch.take(torch.float64, (len(wide), size), wide.device, "short")
+    torch.mm(wide, turned, out=short)
     whole, within = (
-        torch.linalg.vector_norm(x, dim=1).square_()
-        for x in (wide, coordinates)
+        torch.linalg.vector_norm(x, dim=1).square_() for x in (wide, short)
     )
     # Pythagoras. Never too small, though nothing is quite orthonormal.
     residual = (whole - within).clamp_(min=0).add_(1e-10).sqrt_()
-    short[:, -1] = residual
-    return short
+    return short.add_(residual[:, None] / math.sqrt(size))
 
 
-def _prepare(vectors, begin, dtype, device, kind, axes, scratch):
+def _prepare(vectors, begin, dtype, device, kind, turned, scratch):
     """Put vectors on the grid and round them, or bounds, to the fast format."""
     exact = _on_grid(vectors, device)
     whole = scratch.take(torch.float32, exact.shape, exact.device, "whole")
@@ -798,10 +850,13 @@ def _prepare(vectors, begin, dtype, device, kind, axes, scratch):
             f"The {kind} embedding of row {row} (from 0) is not finite or its "
             f"norm exceeds {_MAX_NORM:g}"
         )
-    if axes is not None:
-        whole = _short(whole, axes, scratch)
+    short = None
+    if turned is not None:
+        whole = _short(whole, turned, scratch)
         norm = max(norm, _largest_norm(whole))
-    return _Rows(begin, *_rounded(whole, dtype, scratch), norm, exact)
+        short = whole.float() if dtype in _ROUGH else None
+    rounded = _rounded(whole, dtype, scratch)
+    return _Rows(begin, *rounded, norm, exact, short)
 
 
 def _on_grid(vectors, device):
@@ -989,6 +1044,25 @@ def _argmax(product):
     return bits.argmax() if bits.max() >= 0 else bits.argmin()
 
 
+def _bounded(rows, block, flat, threshold):
+    """Those candidates whose bound in fp32 reaches the threshold.
+
+    Arguments
+    ---------
+    rows, block, flat
+        As `_exact_of`.
+    threshold : float
+
+    Returns
+    -------
+    array of int64
+        Of `flat`.
+    """
+    bounds = _dots(rows.short, block.short, *np.divmod(flat, len(block)))
+    # Norms are 2.01 at most, and rounding takes 2^-24 of each number.
+    return flat[bounds >= threshold - 2.0**-20]
+
+
 def _exact_of(rows, block, flat, scratch):
     """Exact similarities of candidates.
 
@@ -1005,35 +1079,48 @@ def _exact_of(rows, block, flat, scratch):
         Audio rows and text rows (of all), similarities.
     """
     audio, text = np.divmod(flat, len(block))
-    similarities = np.empty(len(flat))
+    similarities = np.empty(0)
     if len(flat):
-        dots = _dots_on_gpu if rows.exact.is_cuda else _dots_on_cpu
-        dots(rows, audio, block, text, similarities, scratch)
+        sides = (_deciding(side, scratch) for side in (rows, block))
+        similarities = _dots(*sides, audio, text)
     return rows.begin + audio, block.begin + text, similarities
 
 
-def _dots_on_cpu(rows, audio, block, text, out, scratch):
-    """float64 dot products of pairs of rows."""
-    if callable(block.exact):
-        exact = block.exact()
-        whole = scratch.take(torch.float32, exact.shape, "cpu", "text")
-        whole.copy_(exact)
-    else:
-        whole = block.whole
-    kernels.dots(rows.whole.numpy(), whole.numpy(), audio, text, out)
+def _deciding(rows, scratch):
+    """Vectors on the grid: on a CPU as fp32, which has no loops for fp16."""
+    if not callable(rows.exact):
+        return rows.exact if rows.exact.is_cuda else rows.whole
+    exact = rows.exact()
+    if exact.is_cuda:
+        return exact
+    whole = scratch.take(torch.float32, exact.shape, "cpu", "text")
+    return whole.copy_(exact)
 
 
-def _dots_on_gpu(rows, audio, block, text, out, scratch):
+def _dots(a, b, a_rows, b_rows):
+    """float64 dot products of pairs of rows, as an array."""
+    dots = _dots_on_gpu if a.is_cuda else _dots_on_cpu
+    return dots(a, b, a_rows, b_rows)
+
+
+def _dots_on_cpu(a, b, a_rows, b_rows):
+    out = np.empty(len(a_rows))
+    kernels.dots(a.numpy(), b.numpy(), a_rows, b_rows, out)
+    return out
+
+
+def _dots_on_gpu(a, b, a_rows, b_rows):
     """The same, of gathered rows."""
-    exact = block.exact() if callable(block.exact) else block.exact
+    out = np.empty(len(a_rows))
     for begin in range(0, len(out), _PAIRS_AT_ONCE):
         part = slice(begin, begin + _PAIRS_AT_ONCE)
-        a, b = (
-            side.index_select(0, torch.as_tensor(index, device=side.device))
-            for side, index in ((rows.exact, audio[part]), (exact, text[part]))
+        left, right = (
+            side.index_select(0, torch.as_tensor(index[part], device=a.device))
+            for side, index in ((a, a_rows), (b, b_rows))
         )
-        products = a.double().mul_(b)
+        products = left.double().mul_(right)
         out[part] = products.sum(dim=1).cpu().numpy()
+    return out
 
 
 def _binned(values):

@@ -18,20 +18,21 @@ def rng():
     return np.random.default_rng(5)
 
 
-def dots_on(side, rows, audio, exact, text):
-    """What a device's function returns, on this one."""
+def exact_on(side, audio, text, flat):
+    """Similarities as a device's functions have them, on this one."""
+    if side == "gpu":
+        return similarity._dots_on_gpu(audio, text, *np.divmod(flat, len(text)))
     rows, kept = (
-        similarity._Rows(0, x, 1.0, 0.0, 1.0, x) for x in (rows, exact)
+        similarity._Rows(0, x, 1.0, 0.0, 1.0, x) for x in (audio, text)
     )
-    again = dataclasses.replace(kept, exact=lambda: exact)
-    dots = getattr(similarity, f"_dots_on_{side}")
-    found = []
-    for block in (kept, again):
-        out = np.full(len(audio), np.nan)
-        dots(rows, audio, block, text, out, similarity._Scratch())
-        found.append(out)
-    np.testing.assert_array_equal(*found)
-    return out
+    again = dataclasses.replace(kept, exact=lambda: text)
+    scratch = similarity._Scratch()
+    found, of_again = (
+        similarity._exact_of(rows, block, flat, scratch)
+        for block in (kept, again)
+    )
+    np.testing.assert_array_equal(found, of_again)
+    return found[2]
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.int32])
@@ -105,10 +106,9 @@ def test_dot_products_are_not_rounded(rng, side, formats):
         values = rng.normal(0, 0.2, (9, 37)) * 2.0 ** rng.integers(-15, 1, 37)
         values = np.rint(values.clip(-0.99, 0.99) * 2**24) / 2**24
         sides.append(torch.from_numpy(values).to(kinds[kind]))
-    audio = np.sort(rng.integers(0, 9, 40))
-    text = rng.integers(0, 9, 40)
-    found = dots_on(side, sides[0], audio, sides[1], text)
-    for value, i, j in zip(found, audio, text):
+    flat = np.sort(rng.integers(0, 81, 40))
+    for value, pair in zip(exact_on(side, *sides, flat), flat):
+        i, j = divmod(pair, 9)
         products = zip(sides[0][i].tolist(), sides[1][j].tolist())
         exact = sum(Fraction(a) * Fraction(b) for a, b in products)
         assert Fraction(float(value)) == exact

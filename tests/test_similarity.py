@@ -111,7 +111,10 @@ def fastest(vectors, threshold, **kwargs):
 
 @pytest.fixture
 def costs(monkeypatch):
-    """Set what products in each format and decisions cost, not the clock."""
+    """Set what a dimension costs in each format and to decide.
+
+    Not the clock.
+    """
 
     def set_costs(decision=0.0, preparing=0.0, **formats):
         times = {similarity._PRECISIONS[n]: t for n, t in formats.items()}
@@ -121,7 +124,9 @@ def costs(monkeypatch):
             lambda dtype, width, device, enough: width * times[dtype],
         )
         monkeypatch.setattr(
-            similarity, "_decision_seconds", lambda *_: decision
+            similarity,
+            "_decision_seconds",
+            lambda audio, text, device: audio.shape[1] * decision,
         )
         clock = itertools.count(step=preparing)
         monkeypatch.setattr(similarity.time, "perf_counter", clock.__next__)
@@ -168,16 +173,61 @@ def test_axes_are_orthonormal_and_products_bounded(vectors, take_axes, scale):
         axes.T @ axes, torch.eye(7, dtype=torch.float64), atol=1e-12, rtol=0
     )
     sides = [torch.from_numpy(v).double() for v in low]
-    scratch = similarity._Scratch
-    short = [similarity._short(side, axes, scratch()) for side in sides]
+    turned = similarity._turned(axes)
+    short = [
+        similarity._short(side, turned, similarity._Scratch()) for side in sides
+    ]
     bounds, exact = short[0] @ short[1].T, sides[0] @ sides[1].T
     assert (bounds >= exact - 1e-12).all()
-    for side, found in zip(sides, short):
-        away = torch.linalg.vector_norm(side - side @ axes @ axes.T, dim=1)
-        assert (found[:, -1] >= away).all()
+    away = [
+        torch.linalg.vector_norm(side - side @ axes @ axes.T, dim=1)
+        for side in sides
+    ]
     # As near as the residuals allow: with none left, they are equal.
-    gap = 2 * short[0][:, -1:] * short[1][:, -1]
+    gap = 2 * (away[0][:, None] + 1e-5) * (away[1] + 1e-5)
     assert (bounds <= exact + gap + 1e-12).all()
+
+
+def test_turned_axes_lose_less_to_int8(vectors, take_axes):
+    """Long along one axis, vectors would need long steps for the others."""
+    low = low_rank(vectors, count=1, scale=0.1)
+    axes, side = take_axes(low, 31), torch.from_numpy(low[0]).double()
+    short = similarity._short(
+        side, similarity._turned(axes), similarity._Scratch()
+    )
+    lost = [
+        similarity._rounded(x, torch.int8, similarity._Scratch())[2]
+        for x in (short, side @ axes)
+    ]
+    assert lost[0] < 0.7 * lost[1]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bounds_are_looked_at_again_before_decisions(
+    vectors, take_axes, precision, monkeypatch
+):
+    """Whatever rounding left, no more is decided than exact bounds leave."""
+    low = low_rank(vectors, scale=0.3)
+    axes, sides = take_axes(low, 15), [torch.from_numpy(v) for v in low]
+    turned = similarity._turned(axes)
+    audio, text = (
+        similarity._short(x, turned, similarity._Scratch()) for x in sides
+    )
+    bounds, decided = (audio @ text.T).numpy(), []
+
+    def exact_of(rows, block, flat, scratch):
+        audio, text = np.divmod(flat, len(block))
+        decided.append((rows.begin + audio, block.begin + text))
+        return exact(rows, block, flat, scratch)
+
+    exact = similarity._exact_of
+    monkeypatch.setattr(similarity, "_exact_of", exact_of)
+    search(low, 0.8, audio_bs=50, text_bs=64, precision=precision, axes=axes)
+    audio, text = (np.concatenate(part) for part in zip(*decided))
+    reaches = bounds >= 0.8 + 1e-5
+    assert reaches[audio, text].sum() == reaches.sum() > 50
+    margin = 1e-3 if precision == "fp32" else 1e-5  # fp32 itself is enough
+    assert (bounds[audio, text] >= 0.8 - margin).all()
 
 
 def test_the_fastest_product_is_taken(costs):
@@ -195,7 +245,7 @@ def test_the_fastest_product_is_taken(costs):
     # 256 dimensions, of which 40 matter.
     scales = np.where(np.arange(256) < 40, 1, 0.01)
     few = rows(scales, 500), rows(scales, 2500)
-    costs(fp32=1.0, bf16=2.0, int8=0.25, decision=1e4)
+    costs(fp32=1.0, bf16=2.0, int8=0.25, decision=40)
     assert_fastest(even, 0.5, ("int8", None))
     assert_fastest(few, 0.7, ("int8", (256, 63)))
     assert_fastest(few, 0.7, ("fp32", (256, 63)), precision="fp32")
@@ -204,7 +254,7 @@ def test_the_fastest_product_is_taken(costs):
     more = rows(scales, 500), rows(scales, 2500)
     assert_fastest(more, 0.4, ("fp32", None), precision="fp32")
     # which rounding makes more,
-    costs(fp32=1.0, bf16=2.0, int8=0.25, decision=1e5)
+    costs(fp32=1.0, bf16=2.0, int8=0.25, decision=400)
     assert_fastest(few, 0.3, ("fp32", (256, 63)))
     assert_fastest(few, np.inf, ("int8", (256, 63)))
     # nor if preparing them takes longer,
