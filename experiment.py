@@ -23,13 +23,19 @@ import math
 import os
 import shlex
 import sys
+import threading
 
 import ruamel.yaml
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from hyperpyyaml.core import recursive_update
-from speechbrain.utils.distributed import ddp_broadcast, ddp_init_group
+from speechbrain.utils.distributed import (
+    ddp_broadcast,
+    ddp_init_group,
+    if_main_process,
+)
+from speechbrain.utils.logger import get_environment_description
 from speechbrain.utils.run_opts import RunOptions
 
 logger = logging.getLogger(__name__)
@@ -84,17 +90,33 @@ def start(argv, keeps_memory=True):
             # Keys are checked by now, and files may add some.
             overrides_must_match=False,
         )
+    folder = hparams["output_folder"]
     sb.create_experiment_directory(
-        hparams["output_folder"], hparams_file, overrides
+        folder, hparams_file, overrides, save_env_desc=False
     )
+    if if_main_process():
+        # pip takes half a second and more, beside the work that follows.
+        threading.Thread(target=_describe_environment, args=[folder]).start()
     # SpeechBrain's log file takes debug messages, of which it has thousands.
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     if "prev_ckpt_dir" in hparams:
         logger.info(
             "To go on with this run after a stop:\n  %s",
-            resume_command(argv, hparams["output_folder"], same_command),
+            resume_command(argv, folder, same_command),
         )
     return hparams, run_opts
+
+
+def _describe_environment(folder):
+    """Write SpeechBrain's `env.log`: packages and their versions."""
+    description = get_environment_description()
+    try:
+        with open(
+            os.path.join(folder, "env.log"), "w", encoding="utf-8"
+        ) as file:
+            file.write(description)
+    except OSError as error:
+        logger.warning("The environment is not on record: %s", error)
 
 
 def require_weights(hparams):

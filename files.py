@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import json
 import os
 
@@ -83,8 +84,11 @@ def read_table(path, columns=()):
         begins with the path and names the row.
     """
     try:
+        with open(path, "rb") as file:
+            pieces = iter(functools.partial(file.read, _BLOCK_BYTES), b"")
+            has_quotes = any(b'"' in piece for piece in pieces)
         with open(path, encoding="utf-8-sig", newline="") as file:
-            names = _checked_header(file)
+            names = _checked_header(file, has_quotes)
         table = pa.csv.read_csv(
             path,
             # In several threads its errors do not name the row.
@@ -107,7 +111,7 @@ def read_table(path, columns=()):
     return table.to_pandas()
 
 
-def _checked_header(file):
+def _checked_header(file, has_quotes):
     """Names of the columns of an open CSV file, whose quotes are all closed.
 
     pyarrow takes one that is left open for a cell that ends with the file, and
@@ -117,6 +121,8 @@ def _checked_header(file):
     try:
         for cells in csv.reader(file, strict=True):
             names, row = names or cells, row + 1
+            if names and not has_quotes:
+                break
     except csv.Error as error:
         raise ValueError(
             f"Row #{row}: {error}; is a quote left open?"

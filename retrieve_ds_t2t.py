@@ -82,7 +82,7 @@ class CaptionBrain(sb.Brain):
             "weights": self.weights_hash,
             **hparams.tokenizer.settings(),
         }
-        wanted = {**settings, "list": text_hash(table["caption"])}
+        wanted = {**settings, "list": text_hash(table["caption"].tolist())}
         path = os.path.join(hparams.emb_dir, "text_insper.json")
         if os.path.exists(path):
             found = open_embeddings(hparams.emb_dir, "text_insper", "caption")

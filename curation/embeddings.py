@@ -19,6 +19,8 @@ import shutil
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from tqdm import tqdm
@@ -261,21 +263,39 @@ def state_hash(state):
 
 
 def text_hash(texts):
-    """Hash of a list of texts and their order, hexadecimal."""
+    """Hash of a list of texts and their order.
+
+    Arguments
+    ---------
+    texts : list of str or pyarrow.LargeStringArray
+
+    Returns
+    -------
+    str
+        SHA-256, hexadecimal, of the texts in UTF-8, each behind its number of
+        bytes and a colon.
+    """
+    texts = pa.array(texts, pa.large_string())
+    sizes, colon = pc.binary_length(texts), pa.scalar(":", texts.type)
+    marked = pc.binary_join_element_wise(sizes.cast(texts.type), texts, colon)
     digest = hashlib.sha256()
-    for text in texts:
-        encoded = text.encode("utf-8", "surrogateescape")
-        digest.update(b"%d:%b" % (len(encoded), encoded))
+    if len(marked):
+        digest.update(marked.buffers()[2])  # all of them, without a gap
     return digest.hexdigest()
 
 
 def manifest_hash(manifest, column):
     """Hash of what the rows are embeddings of: captions, or path and start."""
-    if column == "caption":
-        return text_hash(manifest["caption"].tolist())
-    paths = manifest["wav_path"].tolist()
-    starts = manifest.reindex(columns=["start"])["start"].tolist()
-    return text_hash(f"{p}\n{start!r}" for p, start in zip(paths, starts))
+    texts = pa.array(manifest[column].tolist(), pa.large_string())
+    if column == "wav_path":
+        starts = manifest.reindex(columns=["start"])["start"]
+        # Few windows begin at a time of their own.
+        times, which = np.unique(starts, return_inverse=True)
+        times = pa.array([repr(time) for time in times.tolist()], texts.type)
+        lines = pa.scalar("\n", texts.type)
+        times = times.take(pa.array(which))
+        texts = pc.binary_join_element_wise(texts, times, lines)
+    return text_hash(texts)
 
 
 class EmbeddingWriter:
@@ -569,7 +589,7 @@ def dump_captions(
     """
     distinct = table["caption"].unique().tolist()
     distinct = [c for _, c in sorted(zip(lengths(distinct), distinct))]
-    settings = {**settings, "list": text_hash(table["caption"])}
+    settings = {**settings, "list": text_hash(table["caption"].tolist())}
     writer = EmbeddingWriter(
         folder,
         stem,

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from curation.similarity import EDGES
 
 TOP_CAPTIONS = 20
-_LABEL_LENGTH = 60  # characters of a caption in the picture
+_LABEL_LENGTH = 72  # characters of a caption in the picture
 
 
 def make_report(tally, num_audio, threshold, kept, captions):
@@ -79,9 +79,12 @@ def report_figure(report, title):
     -------
     matplotlib.figure.Figure
     """
-    figure = Figure(figsize=(14, 9), layout="constrained")
+    figure = Figure(figsize=(14, 9))
     figure.suptitle(title, parse_math=False)
-    grid = figure.add_gridspec(2, 2, width_ratios=(1, 1))
+    grid = figure.add_gridspec(
+        2, 2, left=0.06, right=0.98, bottom=0.06, top=0.91, hspace=0.28,
+        wspace=0.08,
+    )  # fmt: skip
     _draw_histogram(figure.add_subplot(grid[0, 0]), report)
     _draw_curve(figure.add_subplot(grid[1, 0]), report)
     _draw_captions(figure.add_subplot(grid[:, 1]), report)
@@ -129,19 +132,22 @@ def _draw_curve(axes, report):
 
 
 def _draw_captions(axes, report):
-    """The most frequent captions as bars, the first on top."""
-    frequent = report["frequent_captions"][::-1]
-    bars = axes.barh(
-        range(len(frequent)), [item["pairs"] for item in frequent], height=0.7
-    )
-    axes.bar_label(bars, padding=3)
-    axes.margins(x=0.12)
-    labels = axes.set_yticks(
-        range(len(frequent)), [_shortened(item["caption"]) for item in frequent]
-    )
-    for tick in labels:
-        # A caption may hold $, which is no formula.
-        tick.label1.set_parse_math(False)
+    """The most frequent captions in their bars, the first on top."""
+    frequent = report["frequent_captions"]
+    counts = [item["pairs"] for item in frequent]
+    axes.barh(range(len(frequent)), counts, alpha=0.35)
+    for row, item in enumerate(frequent):
+        axes.text(
+            0.01,
+            row,
+            f"{item['pairs']:,}   {_shortened(item['caption'])}",
+            transform=axes.get_yaxis_transform(),
+            verticalalignment="center",
+            clip_on=True,
+            parse_math=False,  # a caption may hold $, which is no formula
+        )
+    axes.set_ylim(max(len(frequent), 10) - 0.5, -0.5)
+    axes.set_yticks([])
     axes.set_xlabel("pairs kept")
     axes.set_title("Most frequent captions" if frequent else "No pair is kept")
 

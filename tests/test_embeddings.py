@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import hashlib
 import json
 import re
 import shutil
@@ -23,7 +24,9 @@ from curation.embeddings import (
     EmbeddingWriter,
     check_same_weights,
     dump_captions,
+    manifest_hash,
     open_embeddings,
+    text_hash,
     write_store,
 )
 from dataset.audio import AudioError, AudioReader
@@ -618,6 +621,30 @@ def test_wrong_input(embed, world, changes, message):
     changes = {k: v.format(world) for k, v in changes.items()}
     with pytest.raises((ValueError, SystemExit), match=message):
         embed(**changes)
+
+
+def test_hashes_of_texts_and_manifests():
+    """A hash that changed would turn down all the stores that exist."""
+    texts = ["", "a,b", "caf\xe9\n", "\N{DOG}"]
+    marked = b"0:3:a,b6:caf\xc3\xa9\n4:\xf0\x9f\x90\x95"
+    assert text_hash(texts) == hashlib.sha256(marked).hexdigest()
+    assert text_hash([]) == hashlib.sha256().hexdigest()
+    # In pieces, as large files are read.
+    table = pd.concat(
+        pd.DataFrame({"caption": piece}, dtype="str")
+        for piece in (texts[:1], texts[1:])
+    )
+    found = manifest_hash(table, "caption")
+    assert found == hashlib.sha256(marked).hexdigest()
+    audio = pd.DataFrame({"wav_path": ["b", "a", "b"]})
+    for starts, lines in (
+        ([10.5, np.nan, 0.1], b"6:b\n10.55:a\nnan5:b\n0.1"),
+        ([7, 0, 7], b"3:b\n73:a\n03:b\n7"),
+        (None, b"5:b\nnan5:a\nnan5:b\nnan"),
+    ):
+        table = audio if starts is None else audio.assign(start=starts)
+        found = manifest_hash(table, "wav_path")
+        assert found == hashlib.sha256(lines).hexdigest()
 
 
 def test_stores_that_do_not_belong_together(embed):

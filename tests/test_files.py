@@ -47,6 +47,12 @@ def test_byte_order_marks_and_windows_line_ends(tmp_path):
     assert read_lines(tmp_path / "a") == ["caption,ID", "rain,1", "hail,2"]
 
 
+@pytest.mark.parametrize("cell", ["rain", '"rain"'])
+def test_lines_before_the_header_may_be_blank(tmp_path, cell):
+    (tmp_path / "a").write_text(f"\n\ncaption\n{cell}\n")
+    assert read_table(tmp_path / "a")["caption"].tolist() == ["rain"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
