@@ -250,6 +250,11 @@ class _Rows:
         """float32 of `exact`."""
         return self.exact.float()
 
+    @functools.cached_property
+    def columns(self):
+        """`fast`, transposed."""
+        return self.fast.T
+
     def __len__(self):
         """Number of rows."""
         return len(self.fast)
@@ -313,16 +318,21 @@ class _Scratch(threading.local):
     """
 
     def __init__(self):
-        self.buffers = {}
+        self.buffers, self.views = {}, {}
 
     def take(self, dtype, shape, device, use=None):
         """An uninitialised tensor, valid until the next of its kind."""
-        size = math.prod(shape)
-        buffer = self.buffers.get((dtype, use))
+        size, kind = math.prod(shape), (dtype, use)
+        buffer = self.buffers.get(kind)
         if buffer is None or len(buffer) < size:
             buffer = torch.empty(size, dtype=dtype, device=device)
-            self.buffers[dtype, use] = buffer
-        return buffer[:size].view(shape)
+            self.buffers[kind], self.views[kind] = buffer, {}
+        # Every operation of PyTorch, however small, lets the other threads
+        # run, and then waits for them.
+        views = self.views[kind]
+        if shape not in views:
+            views[shape] = buffer[:size].view(shape)
+        return views[shape]
 
 
 class _Blocks:
@@ -728,7 +738,7 @@ def _int8_is_exact():
     """
     ends = torch.full((64, 64), 127, dtype=torch.int8)
     ends[1::2] = -127
-    products = _product(ends, ends, _Scratch())
+    products = _product(ends, ends.T, _Scratch())
     signs = ends.sign().long()
     return torch.equal(products.long(), 127**2 * signs @ signs.T)
 
@@ -756,7 +766,7 @@ def _pairs_of(rows, texts, threshold, reached, with_report, scratch):
         seen = _Seen(np.full(len(rows), -np.inf, dtype=np.float32))
     found, count, highest, largest_margin = [], 0, -np.inf, 0.0
     for block in texts:
-        product = _product(rows.fast, block.fast, scratch)
+        product = _product(rows.fast, block.columns, scratch)
         unit, margin = rows.unit * block.unit, _margin(rows, block)
         limit, looked_at = (threshold - margin) / unit, np.arange(len(rows))
         if with_report:
@@ -921,7 +931,7 @@ def product_seconds(dtype, width, device="cpu", enough=np.inf):
     rows, scratch = np.arange(1024), _Scratch()
 
     def run():
-        product = _product(matrix, matrix, scratch)
+        product = _product(matrix, matrix.T, scratch)
         _reaching(product, rows, 2.0 * 127**2 * width, scratch)
 
     return _least_seconds(run, enough * 1024**2) / 1024**2
@@ -952,20 +962,20 @@ def _least_seconds(run, enough=np.inf):
     return min(times)
 
 
-def _product(audio, text, scratch):
+def _product(audio, columns, scratch):
     """(audio rows, texts) of the same format on a CPU, int32 of int8; or fp32.
 
-    In units of both sides.
+    In units of both sides. Texts are the columns.
     """
     if audio.is_cuda and audio.dtype != torch.float32:
         # Partial sums of a half-precision result might be rounded too.
-        return torch.mm(audio, text.T, out_dtype=torch.float32)
-    shape = (len(audio), len(text))
+        return torch.mm(audio, columns, out_dtype=torch.float32)
+    shape = (len(audio), columns.shape[1])
     if audio.dtype == torch.int8:
         out = scratch.take(torch.int32, shape, audio.device)
-        return torch._int_mm(audio, text.T, out=out)
+        return torch._int_mm(audio, columns, out=out)
     out = scratch.take(audio.dtype, shape, audio.device)
-    return torch.mm(audio, text.T, out=out)
+    return torch.mm(audio, columns, out=out)
 
 
 def _margin(audio, text):
