@@ -621,16 +621,17 @@ def _fastest_product(
     sizes = [None]
     if not with_report:
         sizes += [count for count in _NUM_AXES if count < width]
-        moments = sum(
-            side[::2].T @ side[::2] / len(side[::2]) for side in (audio, text)
-        )
-        all_axes = torch.linalg.eigh(moments)[1].flip(1)
-    decision, scratch = _decision_seconds(audio, text, device), _Scratch()
+    scratch = _Scratch()
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        # The first decision loads compiled code, which takes longer.
+        halves = audio[::2], text[::2]
+        all_axes = None if with_report else beside.submit(_joint_axes, *halves)
+        decision = _decision_seconds(audio, text, device)
     for count in sizes:
         axes, preparing = None, 0.0
         sides = [audio[1::2], text[1::2]]
         if count is not None:
-            axes = all_axes[:, :count].contiguous()
+            axes = all_axes.result()[:, :count].contiguous()
             turned = _turned(axes)
             short = [_short(side, turned, _Scratch()) for side in sides]
             begin = time.perf_counter()
@@ -641,7 +642,7 @@ def _fastest_product(
             preparing *= 1 / n_audio + 1 / n_text  # a similarity
             sides = short
             look = _decision_seconds(*sides, device)
-        bounds = sides[0] @ sides[1].T
+        bounds = sides[0].float() @ sides[1].float().T
         for name in names:
             dtype = _PRECISIONS[name]
             rows = [
@@ -811,6 +812,12 @@ def _sample(read, count):
         begins, size = [0], count
     blocks = [np.asarray(read(begin, begin + size)) for begin in begins]
     return torch.from_numpy(np.concatenate(blocks)).double()
+
+
+def _joint_axes(audio, text):
+    """Principal axes of both sides, (d, d) columns, the longest first."""
+    moments = sum(side.T @ side / len(side) for side in (audio, text))
+    return torch.linalg.eigh(moments)[1].flip(1)
 
 
 def _turned(axes):

@@ -375,7 +375,7 @@ def test_fp32_products_that_ignore_bits(vectors, setting, bits):
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                similarity, "_product", lambda a, b, _: cut(a) @ cut(b).T
+                similarity, "_product", lambda a, b, _: cut(a) @ cut(b)
             )
             for limit in np.sort(naive[naive > THRESHOLD])[:40]:
                 found = search(vectors, limit, precision="fp32")
