@@ -13,17 +13,19 @@ defaults, and with the keys under `adds` besides; flags override both.
 one.)
 """
 
+import contextlib
 import copy
 import ctypes
 import datetime
 import difflib
 import functools
+import importlib.metadata
 import logging
 import math
 import os
 import shlex
+import subprocess
 import sys
-import threading
 
 import ruamel.yaml
 import speechbrain as sb
@@ -35,7 +37,6 @@ from speechbrain.utils.distributed import (
     ddp_init_group,
     if_main_process,
 )
-from speechbrain.utils.logger import get_environment_description
 from speechbrain.utils.run_opts import RunOptions
 
 logger = logging.getLogger(__name__)
@@ -95,8 +96,7 @@ def start(argv, keeps_memory=True):
         folder, hparams_file, overrides, save_env_desc=False
     )
     if if_main_process():
-        # pip takes half a second and more, beside the work that follows.
-        threading.Thread(target=_describe_environment, args=[folder]).start()
+        _describe_environment(folder)
     # SpeechBrain's log file takes debug messages, of which it has thousands.
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     if "prev_ckpt_dir" in hparams:
@@ -108,15 +108,32 @@ def start(argv, keeps_memory=True):
 
 
 def _describe_environment(folder):
-    """Write SpeechBrain's `env.log`: packages and their versions."""
-    description = get_environment_description()
-    try:
-        with open(
-            os.path.join(folder, "env.log"), "w", encoding="utf-8"
-        ) as file:
-            file.write(description)
-    except OSError as error:
-        logger.warning("The environment is not on record: %s", error)
+    """Write `env.log`: the versions of Python, its packages and this code.
+
+    SpeechBrain's own lists what the shell's `pip` finds, which may be that of
+    another Python, and takes a second.
+    """
+    revision = "unknown"
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        revision = subprocess.check_output(
+            ["git", "rev-parse", "HEAD"],
+            cwd=os.path.dirname(os.path.abspath(__file__)),
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ).strip()
+    packages = {
+        package.name: package.version
+        for package in importlib.metadata.distributions()
+        if package.name  # an installation that broke off has none
+    }
+    lines = [
+        f"Python {sys.version}",
+        f"CUDA {torch.version.cuda}",
+        f"Revision {revision}",
+        *(f"{name}=={packages[name]}" for name in sorted(packages)),
+    ]
+    with open(os.path.join(folder, "env.log"), "w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
 
 
 def require_weights(hparams):

@@ -641,7 +641,7 @@ def _fastest_product(
             preparing /= sum(map(len, sides))  # a row
             preparing *= 1 / n_audio + 1 / n_text  # a similarity
             sides = short
-            look = _decision_seconds(*sides, device)
+            looking = _decision_seconds(*sides, device)
         bounds = sides[0].float() @ sides[1].float().T
         for name in names:
             dtype = _PRECISIONS[name]
@@ -658,7 +658,7 @@ def _fastest_product(
             seconds = preparing + candidates * decision
             if count is not None and dtype in _ROUGH:
                 left = _share(bounds >= threshold)
-                seconds = preparing + candidates * look + left * decision
+                seconds = preparing + candidates * looking + left * decision
             if seconds < least:
                 width = sides[0].shape[1]
                 seconds += product_seconds(dtype, width, device, least)

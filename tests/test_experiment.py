@@ -1,5 +1,7 @@
 """The command line: given, deleted and empty flags, and wrong ones."""
 
+import importlib.metadata
+import os
 import platform
 import shlex
 import subprocess
@@ -7,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from hyperpyyaml import load_hyperpyyaml
 
 import experiment
@@ -282,6 +285,26 @@ on_glibc = pytest.mark.skipif(
 
 
 @on_glibc
+def test_versions_are_those_of_this_python(yaml_file, tmp_path):
+    """Whatever pip comes first in the shell's path."""
+    (tmp_path / "pip").write_text("#!/bin/sh\necho torch==0.1")
+    (tmp_path / "pip").chmod(0o755)
+    start = "import sys, experiment; experiment.start(sys.argv[1:])"
+    subprocess.run(
+        [sys.executable, "-c", start, yaml_file, "--output_folder=run"],
+        env={
+            **os.environ,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "PYTHONPATH": ROOT,
+        },
+        check=True,
+    )
+    lines = (tmp_path / "run" / "env.log").read_text().splitlines()
+    assert lines[0] == f"Python {sys.version}"
+    found = [line for line in lines if line.startswith("torch==")]
+    assert found == [f"torch=={importlib.metadata.version('torch')}"]
+
+
 def test_freed_memory_is_kept_until_a_process_is_forked():
     program = """
 import os
