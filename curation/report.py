@@ -2,6 +2,7 @@
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from curation.similarity import EDGES
 
@@ -97,8 +98,7 @@ def _draw_histogram(axes, report):
     counts = np.array(report["histogram"]["counts"])
     axes.stairs(counts, edges, fill=True)
     if counts.any():
-        axes.set_yscale("log")
-        axes.set_ylim(bottom=0.5)
+        _count_in_powers(axes)
         used = np.flatnonzero(counts)
         left = min(edges[used[0]], report["threshold"])
         right = max(edges[used[-1] + 1], report["threshold"])
@@ -115,8 +115,7 @@ def _draw_curve(axes, report):
     for name in ("pairs", "clips", "captions"):
         axes.plot(curve["threshold"], curve[name], label=name)
     if any(curve["pairs"]):
-        axes.set_yscale("log")
-        axes.set_ylim(bottom=0.5)
+        _count_in_powers(axes)
     axes.axvline(
         report["threshold"],
         color="black",
@@ -129,6 +128,14 @@ def _draw_curve(axes, report):
     axes.grid(alpha=0.3)
     axes.legend()
     axes.set_title("Kept at each threshold")
+
+
+def _count_in_powers(axes):
+    """A logarithmic axis of counts: 1, 10, 100, 1 k."""
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.5)
+    axes.yaxis.set_major_formatter(EngFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_captions(axes, report):
