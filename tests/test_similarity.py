@@ -291,13 +291,16 @@ def test_nothing_is_timed_without_a_choice(vectors, monkeypatch):
     assert way == ("bf16", None)
 
 
+@pytest.mark.parametrize("above", [3.0, 1e-3])  # with candidates, at 1e-3
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_highest_similarity_by_fewer_dimensions(vectors, take_axes, precision):
+def test_highest_similarity_by_fewer_dimensions(
+    vectors, take_axes, precision, above
+):
     low = low_rank(vectors, scale=0.5)
     naive = low[0].astype(np.float64) @ low[1].astype(np.float64).T
     tally, axes = Tally(200), take_axes(low, 3)
     found = search(
-        low, 3.0, tally, audio_bs=50, text_bs=64, axes=axes,
+        low, naive.max() + above, tally, audio_bs=50, text_bs=64, axes=axes,
         precision=precision,
     )  # fmt: skip
     assert len(found[0]) == 0
