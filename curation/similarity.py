@@ -57,9 +57,8 @@ from a sample and from the time that products take on the machine
 Principal axes give a few coordinates nearly all of the length, and int8 numbers
 the steps that these need. The short vectors are therefore turned, all by one
 rotation that dot products do not feel, until their numbers are alike
-(`_turned`). What products in int8 or bf16 leave of them is looked at once more
-in fp32, dimension for dimension a sixteenth of the work of a similarity or
-less, before it is decided.
+(`_turned`). Pairs that products in int8 or bf16 leave are bounded once more, by
+short vectors in fp32, before they are decided.
 """
 
 import collections
