@@ -292,9 +292,9 @@ def manifest_hash(manifest, column):
         # Few windows begin at a time of their own.
         times, which = np.unique(starts, return_inverse=True)
         times = pa.array([repr(time) for time in times.tolist()], texts.type)
-        lines = pa.scalar("\n", texts.type)
+        newline = pa.scalar("\n", texts.type)
         times = times.take(pa.array(which))
-        texts = pc.binary_join_element_wise(texts, times, lines)
+        texts = pc.binary_join_element_wise(texts, times, newline)
     return text_hash(texts)
 
 
