@@ -121,11 +121,12 @@ def _describe_environment(folder):
             stderr=subprocess.DEVNULL,
             text=True,
         ).strip()
-    packages = {
-        package.name: package.version
-        for package in importlib.metadata.distributions()
-        if package.name  # an installation that broke off has none
-    }
+    packages = {}
+    for package in importlib.metadata.distributions():
+        about = package.metadata
+        # Of two, the first in Python's path is the one that is imported.
+        packages.setdefault(about["Name"], about["Version"])
+    packages.pop(None, None)  # an installation that broke off
     lines = [
         f"Python {sys.version}",
         f"CUDA {torch.version.cuda}",

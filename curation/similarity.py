@@ -407,7 +407,8 @@ def pairs_over(
         Counts, updated on the way.
     with_report : bool
         Whether to count all similarities too, which takes a fifth longer, or
-        twice as long on embeddings near a few axes, as of trained models.
+        more than twice as long on embeddings near a few axes, as of trained
+        models.
     audio_bs, text_bs : int
         Rows at a time. Blocks of more than 2048 on a CPU or 16384 on a GPU are
         cut. None takes 1024 texts on a CPU and 4096 on a GPU.
@@ -483,7 +484,7 @@ def pairs_over(
     # Of a text, without what it is decided by.
     row_bytes = width * dtype.itemsize
     if turned is not None:
-        row_bytes = turned.shape[1] * (dtype.itemsize + 4)
+        row_bytes = turned.shape[1] * (dtype.itemsize + 4 * (dtype in _ROUGH))
     # On the grid a number takes 2 bytes and 4 more as `whole`, or 4 alone.
     fits = n_text * (6 * width + row_bytes) <= room
     num_kept = n_text if fits else room // row_bytes

@@ -289,13 +289,18 @@ def test_versions_are_those_of_this_python(yaml_file, tmp_path):
     """Whatever pip comes first in the shell's path."""
     (tmp_path / "pip").write_text("#!/bin/sh\necho torch==0.1")
     (tmp_path / "pip").chmod(0o755)
+    for folder, version in (("first", "1.0"), ("second", "2.0")):
+        info = tmp_path / folder / "twice.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Name: twice\nVersion: {version}\n")
+    (tmp_path / "first" / "broken.dist-info").mkdir()
     start = "import sys, experiment; experiment.start(sys.argv[1:])"
     subprocess.run(
         [sys.executable, "-c", start, yaml_file, "--output_folder=run"],
         env={
             **os.environ,
             "PATH": f"{tmp_path}:{os.environ['PATH']}",
-            "PYTHONPATH": ROOT,
+            "PYTHONPATH": f"{ROOT}:{tmp_path / 'first'}:{tmp_path / 'second'}",
         },
         check=True,
     )
@@ -303,6 +308,7 @@ def test_versions_are_those_of_this_python(yaml_file, tmp_path):
     assert lines[0] == f"Python {sys.version}"
     found = [line for line in lines if line.startswith("torch==")]
     assert found == [f"torch=={importlib.metadata.version('torch')}"]
+    assert [x for x in lines if x.startswith("twice==")] == ["twice==1.0"]
 
 
 def test_freed_memory_is_kept_until_a_process_is_forked():

@@ -291,16 +291,13 @@ def test_nothing_is_timed_without_a_choice(vectors, monkeypatch):
     assert way == ("bf16", None)
 
 
-@pytest.mark.parametrize("above", [3.0, 1e-3])  # with candidates, at 1e-3
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_highest_similarity_by_fewer_dimensions(
-    vectors, take_axes, precision, above
-):
+def test_highest_similarity_by_fewer_dimensions(vectors, take_axes, precision):
     low = low_rank(vectors, scale=0.5)
     naive = low[0].astype(np.float64) @ low[1].astype(np.float64).T
     tally, axes = Tally(200), take_axes(low, 3)
     found = search(
-        low, naive.max() + above, tally, audio_bs=50, text_bs=64, axes=axes,
+        low, 3.0, tally, audio_bs=50, text_bs=64, axes=axes,
         precision=precision,
     )  # fmt: skip
     assert len(found[0]) == 0
@@ -309,6 +306,29 @@ def test_highest_similarity_by_fewer_dimensions(
     assert tally.margin < 2
     with pytest.raises(ValueError, match="A report needs all"):
         search(low, 0.9, with_report=True, axes=axes)
+
+
+def test_highest_similarity_if_no_candidate_is_left(
+    vectors, take_axes, monkeypatch
+):
+    """int8 leaves candidates, and their bounds in fp32 leave none of them."""
+    low = low_rank(vectors, scale=0.02)
+    naive = low[0].astype(np.float64) @ low[1].astype(np.float64).T
+    tally, axes, counts = Tally(200), take_axes(low, 15), []
+
+    def bounded(rows, block, flat, threshold):
+        left = look(rows, block, flat, threshold)
+        counts.append((len(flat), len(left)))
+        return left
+
+    look = similarity._bounded
+    monkeypatch.setattr(similarity, "_bounded", bounded)
+    limit = naive.max() + 5e-3
+    found = search(low, limit, tally, precision="int8", axes=axes)
+    assert len(found[0]) == 0
+    assert len(counts) == 1 and counts[0][0] > 0 == counts[0][1]
+    assert tally.highest in naive
+    assert naive.max() - tally.margin <= tally.highest <= naive.max()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
