@@ -1,18 +1,22 @@
 # make demo: a small teacher, curation and students, from nothing
 # make test: the tests
+# make test-gpu: those of a GPU, which `make test` leaves out
 # make bench: figures of speed, into benchmarks/README.md
 # All make .venv and install the pinned requirements first.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench
+.PHONY: demo test test-gpu lint bench
 
 demo: .venv/installed
 	$(BIN)/python demo.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+test-gpu: .venv/installed
+	$(BIN)/python -m pytest -m gpu
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ import os
 import shlex
 import subprocess
 import sys
+import warnings
 
 import ruamel.yaml
 import speechbrain as sb
@@ -79,6 +80,9 @@ def start(argv, keeps_memory=True):
         share_freed_memory()
     # Loader processes are forked after the tokenizer was used.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # It is compiled for each length of captions and size of a batch, which
+    # takes tenths of a second; other kernels for attention are as fast.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     hparams_file, run_opts, overrides = parse_arguments(argv)
     run_opts = fit_to_device(run_opts)
     ddp_init_group(RunOptions.from_dictionary(run_opts))
@@ -91,6 +95,8 @@ def start(argv, keeps_memory=True):
             # Keys are checked by now, and files may add some.
             overrides_must_match=False,
         )
+    if run_opts.pop("compile", False):
+        compile_networks(hparams, run_opts.pop("compile_mode", None))
     folder = hparams["output_folder"]
     sb.create_experiment_directory(
         folder, hparams_file, overrides, save_env_desc=False
@@ -105,6 +111,26 @@ def start(argv, keeps_memory=True):
             resume_command(argv, folder, same_command),
         )
     return hparams, run_opts
+
+
+def compile_networks(hparams, mode):
+    """Have PyTorch's compiler fuse what CNN14 does between its convolutions.
+
+    SpeechBrain's `--compile` would do this with all of CLAP, text encoder
+    included, for each length that captions have, and not where audio or text
+    is encoded by itself.
+
+    Arguments
+    ---------
+    hparams : dict
+        With `clap`, and `teacher` if there is one, if the script has networks.
+    mode : str or None
+        `--compile_mode`: see `torch.compile`.
+    """
+    # Its spectrogram is complex: the compiler says that it leaves it alone.
+    warnings.filterwarnings("ignore", message=".*complex operators")
+    for name in {"clap", "teacher"} & hparams.keys():
+        hparams[name].audio_encoder.base.compile(mode=mode)
 
 
 def _describe_environment(folder):
@@ -317,12 +343,10 @@ def fit_to_device(run_opts):
     run_opts.setdefault("device", sb.utils.distributed.infer_device())
     if run_opts["device"] != "cpu":
         return run_opts
-    for key in ("auto_mix_prec", "data_parallel_backend"):
+    for key in ("auto_mix_prec", "data_parallel_backend", "compile"):
         if run_opts.pop(key, False):
             logger.warning(
-                "--%s needs a GPU and there is none: going on in fp32 on one "
-                "device",
-                key,
+                "--%s is for a GPU and there is none: going on without", key
             )
     for key in ("precision", "eval_precision"):
         if run_opts.get(key) == "fp16":

@@ -30,6 +30,7 @@ from speechbrain.nnet.schedulers import update_learning_rate
 from speechbrain.utils import train_logger
 from speechbrain.utils.distributed import main_process_only, run_on_main
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 
 import experiment
@@ -165,9 +166,9 @@ class CLAPBrain(sb.Brain):
     def check_gradients(self):
         """As SpeechBrain's, which takes long, if there is anything to find."""
         gradients = (p.grad for p in self.modules.parameters())
-        sums = [g.sum() for g in gradients if g is not None]
-        # One that is not finite shows in the sum of all.
-        if not torch.stack(sums).sum().isfinite():
+        # One number that is not finite shows in the norm of all.
+        norm = get_total_norm(g for g in gradients if g is not None)
+        if not norm.isfinite():
             super().check_gradients()
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):

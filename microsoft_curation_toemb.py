@@ -37,6 +37,7 @@ from curation.embeddings import (
     SKIPPED,
     EmbeddingWriter,
     dump_captions,
+    encoded,
     read_captions,
     read_record,
     state_hash,
@@ -64,6 +65,8 @@ class EmbeddingBrain(sb.Brain):
     @torch.inference_mode()
     def embed_audio(self, batch):
         """WindowBatch -> (items, d_proj) unit-norm."""
+        if not batch.rows:  # nothing could be read
+            return torch.empty(0, self.hparams.clap.d_proj)
         with self.training_ctx:
             windows = batch.windows.to(self.device, non_blocking=True)
             return clip_embeddings(self.modules.clap, windows, batch.counts)
@@ -136,10 +139,8 @@ class EmbeddingBrain(sb.Brain):
             pin_memory=on_gpu,
         )
         with bar:
-            for batch in loader:
-                if batch.rows:
-                    vectors = self.embed_audio(batch)
-                    writer.write(batch.rows, vectors, batch.starts)
+            for batch, vectors in encoded(loader, self.embed_audio):
+                writer.write(batch.rows, vectors, batch.starts)
                 writer.skip(list(batch.unreadable))
                 bar.update(len(batch.rows) + len(batch.unreadable))
         ddp_barrier()
@@ -171,6 +172,7 @@ class EmbeddingBrain(sb.Brain):
             hparams.text_bs,
             hparams.clap.d_proj,
             self.settings(**hparams.tokenizer.settings()),
+            self.device_type,
             noprogressbar=self.noprogressbar,
         )
 

@@ -106,6 +106,7 @@ class CaptionBrain(sb.Brain):
             hparams.text_bs,
             hparams.clap.d_proj,
             {**settings, "precision": self.eval_precision},
+            self.device_type,
             replaces=True,
             noprogressbar=self.noprogressbar,
         )

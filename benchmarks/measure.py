@@ -50,9 +50,14 @@ def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def on_gpu():
+    """Whether that is a GPU."""
+    return device() == "cuda"
+
+
 def precisions():
     """Formats of products there that the scripts may use."""
-    return ("fp32", "bf16") if device() == "cuda" else ("fp32", "bf16", "int8")
+    return ("fp32", "bf16") if on_gpu() else ("fp32", "bf16", "int8")
 
 
 def worthwhile(sides):
@@ -68,8 +73,12 @@ def worthwhile(sides):
     dict
         The others. What is left out is said.
     """
-    speeds = {p: product_speed(p) for p in {side[1] for side in sides.values()}}
-    slower = {p for p in speeds if speeds[p] < speeds["fp32"]}
+    if on_gpu():
+        # Where the allocator of the system has no part in it.
+        sides = {k: v for k, v in sides.items() if k != "ordinary (B)"}
+    names = {"fp32"} | {side[1] for side in sides.values()}
+    speeds = {name: product_speed(name) for name in names}
+    slower = {name for name in names if speeds[name] < speeds["fp32"]}
     for precision in sorted(slower):
         print(f"{precision} products are slower here than fp32: left out")
     return {k: side for k, side in sides.items() if side[1] not in slower}

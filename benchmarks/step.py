@@ -11,9 +11,14 @@ The ordinary way pads every caption to 100 tokens, computes the spectrogram's
 DFT as a convolution (torchlibrosa), leaves convolutions to PyTorch, channels
 first, and all in fp32, with PyTorch's Adam as it is. It is run twice: as a user
 would (A), and with the allocator's setting that the script makes for itself
-(B). On a GPU it runs under bf16 autocast like the script, and A and B are the
-same. The script's side in bf16 is left out where the processor's products are
+(B). The script's side in bf16 is left out where the processor's products are
 slower in it.
+
+On a GPU the ordinary way runs once, under bf16 autocast like the script, which
+runs as it is and with --compile=True, in batches of eight times as many pairs
+and four times as many steps. Then the largest batch is looked for, by steps
+that double until the memory is too small for one, and by halves between the
+last two; but not with --compile=True, which would compile for each size.
 
 The script's side is `CLAPBrain.fit_batch`, with its checks, clipping and
 multi-positive loss. Both start from the same weights; compared is the loss of
@@ -21,6 +26,7 @@ the first batch before training, without dropout.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -38,6 +44,7 @@ from benchmarks.measure import (
     device,
     in_process,
     machine,
+    on_gpu,
     peak_memory,
     product_speed,
     show,
@@ -55,19 +62,32 @@ SIDES = {
     "script, fp32": ("ours", "fp32", {}),
     "script, bf16": ("ours", "bf16", {}),
 }
+GPU_SIDES = {
+    "ordinary (A)": ("ordinary", "bf16", {}),
+    "script, bf16": ("ours", "bf16", {}),
+    "script, bf16, --compile": ("compiled", "bf16", {}),
+}
 
 
 def batches_of(folder, batch, steps, tokenize):
     """Waves (batch, samples) and tokens of each step."""
-    captions = pd.read_csv(f"{folder}/captions.csv")["caption"].tolist()
+    captions = pd.read_csv(f"{folder}/captions.csv")["caption"]
+    captions = itertools.cycle(captions)
     draw = torch.Generator().manual_seed(0)
-    for i in range(steps):
+    for _ in range(steps):
         wavs = 0.1 * torch.randn(batch, SAMPLES, generator=draw)
-        yield wavs, tokenize(captions[i * batch : (i + 1) * batch])
+        yield wavs, tokenize(list(itertools.islice(captions, batch)))
 
 
-def ours(folder, precision, batch, steps):
-    """Seconds of each step by the script, and the first loss."""
+def ours(folder, precision, *flags):
+    """The script's way.
+
+    Returns
+    -------
+    tuple of callable
+        A step: waves, tokens -> None; the loss of a batch, without dropout;
+        and from captions to tokens.
+    """
     import experiment
     from dataset.pipelines import PairBatch
     from microsoft_clap_train import CLAPBrain
@@ -78,8 +98,9 @@ def ours(folder, precision, batch, steps):
             f"--text_model={folder}/text_model",
             "--clap={text_pretrained: False}",
             f"--clap_ckpt_path={folder}/clap.pth",
-            f"--output_folder={folder}/{precision}",
+            f"--output_folder={folder}/{precision}{len(flags)}",
             f"--precision={precision}",
+            *flags,
         ]
     )
     brain = CLAPBrain(
@@ -97,29 +118,34 @@ def ours(folder, precision, batch, steps):
         rows = torch.arange(len(wavs))
         return PairBatch(wavs, tokens, clip_ids=rows, caption_ids=rows)
 
-    data = batches_of(folder, batch, WARM_UP + steps, hparams["tokenizer"])
-    data = [pairs(*item) for item in data]
-    brain.modules.eval()
-    with torch.no_grad(), brain.training_ctx:
-        outputs = brain.compute_forward(data[0], None)
-        loss = brain.compute_objectives(outputs, data[0], None).item()
-    brain.modules.train()
+    def loss_of(*item):
+        brain.modules.eval()
+        batch = pairs(*item)
+        with torch.no_grad(), brain.training_ctx:
+            outputs = brain.compute_forward(batch, None)
+            loss = brain.compute_objectives(outputs, batch, None).item()
+        brain.modules.train()
+        return loss
 
-    def step(pairs):
+    def step(*item):
         brain.step += 1
-        brain.fit_batch(pairs)
+        brain.fit_batch(pairs(*item))
 
-    return timed(step, data) | {"loss": loss}
+    return step, loss_of, hparams["tokenizer"]
 
 
-def ordinary(folder, precision, batch, steps):
-    """The baseline of the docstring."""
+def compiled(folder, precision):
+    """The script's way with PyTorch's compiler."""
+    return ours(folder, precision, "--compile=True")
+
+
+def ordinary(folder, precision):
+    """The baseline of the docstring, as `ours`."""
     clap = ordinary_model(folder).to(device())
     optimizer = torch.optim.Adam(clap.parameters(), lr=1e-4)
 
-    def loss_of(wavs, tokens):
-        is_gpu = device() == "cuda"
-        with torch.autocast(device(), torch.bfloat16, is_gpu):
+    def forward(wavs, tokens):
+        with torch.autocast(device(), torch.bfloat16, precision == "bf16"):
             tokens = {k: v.to(device()) for k, v in tokens.items()}
             audio, text, scale = clap(wavs.to(device()), tokens)
         logits = scale * audio @ text.T
@@ -130,32 +156,79 @@ def ordinary(folder, precision, batch, steps):
         ]
         return sum(losses) / 2
 
-    tokenize = padding_tokenizer(folder)
-    data = list(batches_of(folder, batch, WARM_UP + steps, tokenize))
-    clap.eval()
-    with torch.no_grad():
-        loss = loss_of(*data[0]).item()
-    clap.train()
+    def loss_of(*item):
+        clap.eval()
+        with torch.no_grad():
+            loss = forward(*item).item()
+        clap.train()
+        return loss
 
-    def step(item):
+    def step(*item):
         optimizer.zero_grad()
-        loss_of(*item).backward()
+        forward(*item).backward()
         optimizer.step()
 
-    return timed(step, data) | {"loss": loss}
+    return step, loss_of, padding_tokenizer(folder)
 
 
-def timed(step, data):
-    """Median seconds of the steps after the warm-up, and peak memory."""
-    times = []
+def run_side(make, folder, precision, batch, steps):
+    """Measure one way in this process.
+
+    Returns
+    -------
+    dict
+        Median seconds of the steps after the warm-up, peak memory, the loss
+        before, and on a GPU the largest batch, unless the network is compiled.
+    """
+    step, loss_of, tokenize = make(folder, precision)
+    data = list(batches_of(folder, batch, WARM_UP + steps, tokenize))
+    if on_gpu():
+        # As loaders give them. What is done once for each length of the
+        # captions is done in the warm-up.
+        data = [(wavs.pin_memory(), tokens) for wavs, tokens in data]
+        data = data + data
+    run, times = {"loss": loss_of(*data[0])}, []
     for item in data:
         begin = synchronized()
-        step(item)
+        step(*item)
         times.append(synchronized() - begin)
-    return {
-        "seconds": statistics.median(times[WARM_UP:]),
-        "memory": peak_memory(),
-    }
+    run["seconds"] = statistics.median(times[-steps:])
+    run["memory"] = peak_memory()
+    if on_gpu() and make is not compiled:
+        run["largest"] = largest_batch(lambda size: step(*sized(data[0], size)))
+    return run
+
+
+def sized(item, size):
+    """A batch of another size, with the same rows again and again."""
+    wavs, tokens = item
+    rows = torch.arange(size) % len(wavs)
+    return wavs[rows], {k: v[rows] for k, v in tokens.items()}
+
+
+def largest_batch(step):
+    """The largest that fits into the memory of the GPU, to 3 %.
+
+    Arguments
+    ---------
+    step : callable
+        Takes a size.
+
+    Returns
+    -------
+    int
+    """
+    fits, size, fails = 1, 512, None
+    while fails is None or fails - fits > fits // 32:
+        try:
+            step(size)
+        except torch.OutOfMemoryError:
+            fails = size
+        else:
+            fits = size
+        torch.cuda.empty_cache()
+        size = 2 * fits if fails is None else (fits + fails) // 2
+    return fits
 
 
 def flop_of_a_step(folder, batch, precision):
@@ -193,28 +266,31 @@ def main(argv):
     parser.add_argument("--precision", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.side:
-        run = {"ours": ours, "ordinary": ordinary}[args.side]
-        sizes = args.batch, args.steps
-        print(json.dumps(run(args.folder, args.precision, *sizes)))
+        make = {"ours": ours, "compiled": compiled, "ordinary": ordinary}
+        make, sizes = make[args.side], (args.batch, args.steps)
+        print(json.dumps(run_side(make, args.folder, args.precision, *sizes)))
         return None
+    if on_gpu():
+        args.batch, args.steps = 8 * args.batch, 4 * args.steps
     sizes = ["--batch", str(args.batch), "--steps", str(args.steps)]
-    runs, sides = {}, worthwhile(SIDES)
+    runs, sides = {}, worthwhile(GPU_SIDES if on_gpu() else SIDES)
     with tempfile.TemporaryDirectory() as folder:
         make_world(folder, args.batch * (WARM_UP + args.steps), 0)
         for side, (name, precision, environment) in sides.items():
             flags = ["--side", name, "--folder", folder]
             flags += ["--precision", precision, *sizes]
             runs[side] = in_process("benchmarks.step", flags, environment)
+            print(f"{side}: {runs[side]}", flush=True)
         flop = {
             precision: flop_of_a_step(folder, args.batch, precision)
             for _, precision, _ in sides.values()
         }
     rows = []
-    ways = [runs[side] for side in list(sides)[:2]]
+    ways = [runs[side] for side in sides if side.startswith("ordinary")]
     for side, (name, precision, _) in sides.items():
         run = runs[side]
         speed = flop[precision] / run["seconds"] / product_speed(precision)
-        is_ours = name == "ours"
+        is_ours = name != "ordinary"
         rows.append(
             Row(
                 f"training step, {args.batch} pairs",
@@ -228,6 +304,11 @@ def main(argv):
                 difference=f"loss {run['loss'] - ways[0]['loss']:+.1e}",
             )
         )
+    for side, run in runs.items():
+        if "largest" in run:
+            size = run["largest"]
+            ratio = None if run is ways[0] else size / ways[0]["largest"]
+            rows.append(Row("largest batch", side, size, "pairs", ratio))
     each = (f"{v / 1e12:.2f} TFLOP a step, {k}" for k, v in flop.items())
     print(machine(), *each, sep="; ")
     show(rows)

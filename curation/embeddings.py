@@ -9,6 +9,7 @@ A store of the stem `audio_audioset` in a folder is
 Stores of other programs, without the record, can be read too.
 """
 
+import collections
 import contextlib
 import hashlib
 import importlib.metadata
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 # could not be read or since its embedding is not finite.
 WAITING, DONE, SKIPPED, NOT_FINITE = 0, 1, 2, 3
 _COPY_ROWS = 65536
+# Captions that a CPU encodes at once; a GPU has many small products to start
+# for a batch, whatever its size.
+_CPU_CAPTIONS = 64
 # What embeddings may depend on besides the settings: on record, not compared.
 _PACKAGES = ("torch", "torchaudio", "speechbrain", "transformers", "numpy")
 
@@ -438,11 +442,11 @@ class EmbeddingWriter:
         items : list of int
             Rows.
         vectors : torch.Tensor
-            (items, size), unit-norm.
+            (items, size), unit-norm, on the CPU.
         starts : list of float
             Where the windows begin, in seconds.
         """
-        vectors = vectors.cpu().numpy().astype(np.float16)
+        vectors = vectors.numpy().astype(np.float16)
         self.rows[items] = vectors
         self.at[items] = starts
         finite = np.isfinite(vectors).all(axis=1)
@@ -549,6 +553,42 @@ def write_store(base, parts, manifest, settings, info, manifest_path=None):
     write_json(record | info, f"{base}.json")
 
 
+def encoded(batches, encode):
+    """Encode batch after batch, a GPU being given each before it has to wait.
+
+    Arguments
+    ---------
+    batches : iterable
+    encode : callable
+        Batch -> (items, size) embeddings, on any device.
+
+    Yields
+    ------
+    tuple
+        A batch and its embeddings, on the CPU.
+    """
+    queue = collections.deque()
+    for batch in batches:
+        vectors = encode(batch)
+        if not vectors.is_cuda:
+            yield batch, vectors
+            continue
+        # Into pinned memory; the next batch's work queues up behind it.
+        vectors = vectors.to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        queue.append((batch, vectors, arrived))
+        if len(queue) > 1:
+            yield _arrived(*queue.popleft())
+    for item in queue:
+        yield _arrived(*item)
+
+
+def _arrived(batch, vectors, arrived):
+    arrived.synchronize()
+    return batch, vectors
+
+
 def dump_captions(
     folder,
     stem,
@@ -558,6 +598,7 @@ def dump_captions(
     batch_size,
     size,
     settings,
+    device_type,
     replaces=False,
     noprogressbar=False,
 ):
@@ -582,6 +623,8 @@ def dump_captions(
         Values a vector.
     settings : dict
         As `EmbeddingWriter`; the list of captions is added to it.
+    device_type : str
+        Where they are encoded: a CPU takes 64 at once at most.
     replaces : bool
         As `EmbeddingWriter`.
     noprogressbar : bool
@@ -602,10 +645,14 @@ def dump_captions(
     if writer.finished:
         logger.info("%s is complete already", writer.base)
         return
+    if device_type == "cpu":
+        batch_size = min(batch_size, _CPU_CAPTIONS)
     pending, bar = writer.work(batch_size, "caption", noprogressbar)
     with bar:
-        for rows in pending:
-            writer.write(rows, encode([distinct[i] for i in rows]))
+        for rows, vectors in encoded(
+            pending, lambda rows: encode([distinct[i] for i in rows])
+        ):
+            writer.write(rows, vectors)
             bar.update(len(rows))
     ddp_barrier()
     if if_main_process():

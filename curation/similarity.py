@@ -1163,8 +1163,10 @@ def _binned_on_gpu(product, unit, scratch):
     best = [unit * product.amax(dim).cpu().numpy() for dim in (1, 0)]
     shape, device = product.shape, product.device
     steps = scratch.take(torch.float32, shape, device, "steps")
-    steps.copy_(product).mul_(100 * unit).floor_().clamp_(-100, 100)
-    bins = scratch.take(torch.int32, shape, device).copy_(steps.add_(100))
+    # From 0 up, where a conversion cuts off what is behind the point.
+    origin = torch.tensor(100.0, device=device)
+    torch.add(origin, product, alpha=100 * unit, out=steps).clamp_(0, 200)
+    bins = scratch.take(torch.uint8, shape, device).copy_(steps)
     counts = torch.bincount(bins.view(-1), minlength=len(EDGES))
     return counts.cpu().numpy(), *best
 

@@ -108,33 +108,84 @@ def nearest_ratio(orig_rate, sample_rate):
     return ratio.numerator, ratio.denominator
 
 
-@functools.lru_cache(maxsize=32)
-def _resampler(orig_rate, sample_rate):
-    """The resampler between two rates, its kernel computed once.
+class Resampler:
+    """torchaudio's resampling, without the zeros of its kernel.
 
-    Returns
-    -------
-    tuple
-        The transform; its period (so many input frames make so many output
-        samples); the margin in periods that covers half of the filter's
-        support.
+    A sample is a sum over the dozen or so frames around it, but torchaudio
+    convolves with a row of a whole period for each sample of one: hundreds of
+    weights, all others zero. Here some successive samples share a product of
+    matrices, with the frames that these need. Sums have the same terms.
+
+    Source: J. O. Smith, "Digital Audio Resampling", and the kernel of
+    `torchaudio.transforms.Resample`.
+
+    Arguments
+    ---------
+    orig, new : int
+        The period: so many frames make so many samples.
     """
-    period = nearest_ratio(orig_rate, sample_rate)
-    transform = torchaudio.transforms.Resample(*period)
-    # torchaudio's kernel reaches `width` input frames to either side.
-    cutoff = min(period) * transform.rolloff
-    width = math.ceil(transform.lowpass_filter_width * period[0] / cutoff)
-    return transform, period, math.ceil(width / period[0])
+
+    def __init__(self, orig, new):
+        transform = torchaudio.transforms.Resample(orig, new)
+        kernel, self.width = transform.kernel[:, 0], transform.width
+        self.period = orig, new
+        support = int((kernel != 0).sum(dim=1).max())
+        # Periods in one, so that parts of it need fewer frames than it has.
+        count = max(-(-4 * support // orig), 1)
+        self.orig, self.new = count * orig, count * new
+        rows = [
+            torch.nn.functional.pad(kernel, (i * orig, (count - 1 - i) * orig))
+            for i in range(count)
+        ]
+        kernel, self.parts = torch.cat(rows), []
+        # Parts that need about half as many frames again as they advance.
+        num_parts = min(self.orig // (2 * support), self.new)
+        begin = 0
+        for part in kernel.tensor_split(num_parts):
+            used = torch.nonzero((part != 0).any(dim=0))[:, 0]
+            first, last = used[0].item(), used[-1].item()
+            weights = part[:, first : last + 1].T.contiguous()
+            self.parts.append((begin, first, weights))
+            begin += len(part)
+
+    def __call__(self, frames):
+        """(frames,) -> (samples,), both float32."""
+        count = len(frames) // self.orig + 1
+        behind = count * self.orig - len(frames) + self.width
+        padded = torch.nn.functional.pad(frames, (self.width, behind))
+        samples = frames.new_empty(count, self.new)
+        for begin, first, weights in self.parts:
+            needed, made = weights.shape
+            rows = padded.as_strided((count, needed), (self.orig, 1), first)
+            torch.mm(rows, weights, out=samples[:, begin : begin + made])
+        orig, new = self.period
+        return samples.view(-1)[: -(-new * len(frames) // orig)]
+
+
+@functools.lru_cache(maxsize=32)
+def _resampler(orig, new):
+    """A resampler, made once, and the periods that half of its filter spans."""
+    resampler = Resampler(orig, new)
+    return resampler, -(-resampler.width // orig)
 
 
 def _read(file, begin, end):
     """Frames begin..end of an open file as float32 mono, (frames,)."""
+    # libsndfile takes several times as long to make the same floats.
+    is_16_bit = file.subtype == "PCM_16"
+    dtype = "int16" if is_16_bit else "float32"
     try:
         file.seek(begin)
-        frames = file.read(end - begin, dtype="float32", always_2d=True)
+        frames = file.read(end - begin, dtype=dtype, always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise AudioError(f"cannot be decoded: {error}") from error
-    mono = frames.mean(axis=1) if frames.shape[1] > 1 else frames[:, 0]
+    if is_16_bit:
+        frames = frames * np.float32(2**-15)
+    # numpy's mean over so few is slow.
+    first, *others = frames.T
+    mono = sum(others, first)
+    if others:
+        mono /= np.float32(len(frames.T))
     return torch.from_numpy(np.ascontiguousarray(mono))
 
 
@@ -161,19 +212,18 @@ def read_samples(file, sample_rate, begin, end):
     AudioError
         Nothing could be decoded there, or it holds values that no audio has.
     """
-    if file.samplerate == sample_rate:
+    orig, new = nearest_ratio(file.samplerate, sample_rate)
+    if orig == new:
         samples = _read(file, begin, min(end, file.frames))
     else:
-        transform, (orig, new), margin = _resampler(
-            file.samplerate, sample_rate
-        )
+        resample, margin = _resampler(orig, new)
         first = max(begin // new - margin, 0)
         last = -(-end // new) + margin
         frames = _read(file, first * orig, min(last * orig, file.frames))
         samples = frames
         if len(frames):
             offset = begin - first * new
-            samples = transform(frames)[offset : offset + end - begin]
+            samples = resample(frames)[offset : offset + end - begin]
     if not len(samples):
         raise AudioError("is truncated: no samples where its header has some")
     # In one pass; of NaN, no comparison holds.

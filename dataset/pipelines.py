@@ -1,12 +1,13 @@
 """From manifests to batches of waveforms and tokens."""
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from dataset.audio import AudioError
 
@@ -145,7 +146,7 @@ class PairCollator:
         for example in examples:
             unreadable |= example["unreadable"]
         return PairBatch(
-            wavs=torch.stack([e["wav"] for e in examples]),
+            wavs=default_collate([e["wav"] for e in examples]),
             tokens=self.tokenize([e["caption"] for e in examples]),
             clip_ids=torch.tensor([e["clip_id"] for e in examples]),
             caption_ids=torch.tensor([e["caption_id"] for e in examples]),
@@ -237,8 +238,10 @@ def collate_windows(examples):
     """List of items of `WindowDataset` -> WindowBatch."""
     good = [example[:3] for example in examples if example[1] is not None]
     rows, windows, starts = zip(*good) if good else ((), (), ())
+    all_windows = [*itertools.chain(*windows)]
     return WindowBatch(
-        windows=torch.cat(windows) if good else torch.empty(0),
+        # A loader process puts them into memory that it shares at once.
+        windows=default_collate(all_windows) if good else torch.empty(0),
         rows=list(rows),
         counts=[len(w) for w in windows],
         starts=list(starts),

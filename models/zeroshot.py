@@ -100,8 +100,10 @@ def clip_embeddings(clap, windows, counts):
     embeddings = torch.cat(
         [clap.encode_audio(part) for part in windows.split(size)]
     )
-    means = torch.stack([c.mean(dim=0) for c in embeddings.split(counts)])
-    return F.normalize(means, dim=-1)
+    if len(embeddings) > len(counts):
+        clips = embeddings.split(counts)
+        embeddings = torch.stack([clip.mean(dim=0) for clip in clips])
+    return F.normalize(embeddings, dim=-1)
 
 
 def class_scores(clips, classes):

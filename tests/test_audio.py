@@ -1,5 +1,7 @@
 """Windows equal those of the whole file, decoded and resampled at once."""
 
+import math
+
 import numpy as np
 import pytest
 import soundfile
@@ -12,6 +14,7 @@ from dataset.audio import (
     NEAREST_KERNEL,
     AudioError,
     AudioReader,
+    Resampler,
     nearest_ratio,
     open_audio,
     read_samples,
@@ -27,6 +30,7 @@ FORMATS = {
     "ogg": dict(format="OGG", subtype="VORBIS"),
     "mp3": dict(format="MP3"),
 }
+PERIODS = (1, 2, 3, 80, 147, 160, 441, 997)
 
 
 def whole(path, sample_rate):
@@ -37,8 +41,10 @@ def whole(path, sample_rate):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("channels", [1, 2, 5])
 def test_formats(tmp_path, form, channels):
+    if form == "mp3":
+        channels = min(channels, 2)  # it has no more
     path = write_noise(tmp_path / "a", 2.0, 44100, channels, **FORMATS[form])
     expected = whole(path, 44100)
     with open_audio(path) as file:
@@ -69,6 +75,27 @@ def test_resampled_window_is_that_of_the_whole(tmp_path, rate, target):
         torch.testing.assert_close(
             samples, expected[begin:end], rtol=0, atol=2e-7
         )
+
+
+@pytest.mark.parametrize("orig", PERIODS)
+@pytest.mark.parametrize("new", PERIODS)
+def test_resampling_is_torchaudios(orig, new):
+    """For noise, and for a single frame: all weights by themselves."""
+    if math.gcd(orig, new) > 1 or orig == new:
+        return  # no period
+    ours = Resampler(orig, new)
+    theirs = torchaudio.transforms.Resample(orig, new)
+    draw = torch.Generator().manual_seed(0)
+    frame = torch.zeros(3 * orig + 40)
+    frame[orig + 20] = 1
+    lengths = (1, 2, orig, orig + 1, 5 * orig + 3, 20 * orig + 1000)
+    noises = [torch.rand(length, generator=draw) for length in lengths]
+    for x, atol in ((frame, 0), *((noise, 1e-6) for noise in noises)):
+        found, expected = ours(x), theirs(x)
+        assert len(found) == -(-len(x) * new // orig)
+        # torchaudio counts the samples in fp32.
+        found = found[: len(expected)]
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 def test_crop_reaches_both_ends_and_takes_a_start(tmp_path):

@@ -444,7 +444,15 @@ def test_embeddings_that_are_not_finite(tmp_path):
     table = pd.DataFrame({"caption": ["rain", "a dog"]})
     with pytest.raises(RuntimeError, match="of 1 captions .* 'a dog'"):
         dump_captions(
-            tmp_path, "x", table, words_of, encode, 2, 2, {"weights": "a"}
+            tmp_path,
+            "x",
+            table,
+            words_of,
+            encode,
+            2,
+            2,
+            {"weights": "a"},
+            "cpu",
         )
     assert not (tmp_path / "x.json").exists()
 
@@ -527,7 +535,7 @@ def test_captions_are_encoded_once_each_by_number_of_tokens(tmp_path):
         return torch.tensor([[float(len(c)), 0] for c in captions])
 
     settings = {"weights": "a"}
-    dump_captions(tmp_path, "x", table, words_of, encode, 3, 2, settings)
+    dump_captions(tmp_path, "x", table, words_of, encode, 3, 2, settings, "cpu")
     assert calls == [["a", "long", "b b"], ["c c c", "d d d d"]]
     rows = open_embeddings(tmp_path, "x", "caption").vectors[:, 0].tolist()
     assert rows == [5, 4, 3, 4, 7, 5, 1]
@@ -549,7 +557,9 @@ def test_a_store_in_the_making_of_another_order_is_not_gone_on_with(tmp_path):
 
     def dump(lengths, encode):
         settings = {"weights": "a"}
-        dump_captions(tmp_path, "x", table, lengths, encode, 1, 2, settings)
+        dump_captions(
+            tmp_path, "x", table, lengths, encode, 1, 2, settings, "cpu"
+        )
 
     def encode(captions):
         if captions == ["b b"]:

@@ -16,6 +16,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
+from models import cnn14
 from models.clap import CLAP
 from models.cnn14 import CNN14, ConvBlock, Dropout, LogMel, channels_last
 
@@ -242,8 +243,9 @@ def test_the_first_convolution_is_in_fp32_under_autocast():
     with torch.no_grad():
         expected = block.conv1(spectrogram)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(block.conv1(spectrogram), expected)
-            assert block.conv2(expected).dtype == torch.bfloat16
+            found = block.conv1(spectrogram)
+            assert torch.equal(found, expected.bfloat16())
+            assert block.conv2(found).dtype == torch.bfloat16
 
 
 def test_dropout_factor():
@@ -309,6 +311,24 @@ def test_pytorchs_compiler_takes_the_network_as_a_whole():
     found, expected = compiled(wavs), network(wavs)
     assert not torch.equal(found, expected)  # for rounding
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(33, 16), (8, 7), (2, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpus_pooling_and_its_gradient(size, dtype):
+    """Odd numbers leave a row or a column out; channels stay last."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 8, *size, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    ours, theirs = (x.clone().requires_grad_() for _ in range(2))
+    found = cnn14._average_pool_on_gpu(ours, 2)
+    expected = F.avg_pool2d(theirs, 2)
+    weight = torch.randn_like(expected)
+    for out in (found, expected):
+        (out * weight).sum().backward()
+    for a, b in ((found, expected), (ours.grad, theirs.grad)):
+        assert a.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(a, b)
 
 
 def test_channels_last_holds_through_the_blocks():
