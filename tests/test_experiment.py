@@ -359,3 +359,28 @@ except SystemExit:
     command = [sys.executable, "-c", program]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert (run.stderr.count("Arena") > 1) == keeps_memory
+
+
+def test_compiled_networks_are_used_wherever_audio_is_encoded(
+    tiny_clap, monkeypatch
+):
+    calls = []
+
+    def compiler(function, mode):
+        assert mode == "max-autotune"
+
+        def compiled(*args):
+            calls.append(len(args[0]))
+            return function(*args)
+
+        return compiled
+
+    wavs = torch.randn(3, 16000)
+    names, expected = set(tiny_clap.state_dict()), tiny_clap.encode_audio(wavs)
+    monkeypatch.setattr(torch, "compile", compiler)
+    experiment.compile_networks({"clap": tiny_clap, "seed": 1}, "max-autotune")
+    assert torch.equal(tiny_clap.encode_audio(wavs), expected)
+    tokens = {"input_ids": torch.ones(2, 4, dtype=torch.long)}
+    tiny_clap(wavs[:2], tokens)
+    assert calls == [3, 2]
+    assert set(tiny_clap.state_dict()) == names
