@@ -337,9 +337,15 @@ def fit_to_device(run_opts):
     Raises
     ------
     SystemExit
-        fp16 is asked for by `--precision` on a CPU, which cannot do it.
+        fp16 is asked for by `--precision` on a CPU, which cannot do it; or
+        SpeechBrain is told to compile modules by itself.
     """
     run_opts = dict(run_opts)
+    if run_opts.get("compile_module_keys"):
+        raise SystemExit(
+            "--compile_module_keys: give --compile=True, which compiles what "
+            "gains by it"
+        )
     run_opts.setdefault("device", sb.utils.distributed.infer_device())
     if run_opts["device"] != "cpu":
         return run_opts

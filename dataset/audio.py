@@ -130,8 +130,10 @@ class Resampler:
         kernel, self.width = transform.kernel[:, 0], transform.width
         self.period = orig, new
         support = int((kernel != 0).sum(dim=1).max())
-        # Periods in one, so that parts of it need fewer frames than it has.
-        count = max(-(-4 * support // orig), 1)
+        # Periods in one, so that parts of it need fewer frames than it has;
+        # but not where a file of a few frames a second makes thousands of each.
+        count = -(-4 * support // orig)
+        count = max(min(count, LARGEST_KERNEL // (4 * kernel.numel())), 1)
         self.orig, self.new = count * orig, count * new
         rows = [
             torch.nn.functional.pad(kernel, (i * orig, (count - 1 - i) * orig))
@@ -139,7 +141,7 @@ class Resampler:
         ]
         kernel, self.parts = torch.cat(rows), []
         # Parts that need about half as many frames again as they advance.
-        num_parts = min(self.orig // (2 * support), self.new)
+        num_parts = max(min(self.orig // (2 * support), self.new), 1)
         begin = 0
         for part in kernel.tensor_split(num_parts):
             used = torch.nonzero((part != 0).any(dim=0))[:, 0]

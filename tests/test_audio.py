@@ -10,6 +10,7 @@ import torchaudio
 from conftest import write_noise
 
 from dataset.audio import (
+    LARGEST_KERNEL,
     LOUDEST,
     NEAREST_KERNEL,
     AudioError,
@@ -79,8 +80,10 @@ def test_resampled_window_is_that_of_the_whole(tmp_path, rate, target):
 
 @pytest.mark.parametrize("orig", PERIODS)
 @pytest.mark.parametrize("new", PERIODS)
-def test_resampling_is_torchaudios(orig, new):
+@pytest.mark.parametrize("largest", [LARGEST_KERNEL, 1])
+def test_resampling_is_torchaudios(orig, new, largest, monkeypatch):
     """For noise, and for a single frame: all weights by themselves."""
+    monkeypatch.setattr("dataset.audio.LARGEST_KERNEL", largest)
     if math.gcd(orig, new) > 1 or orig == new:
         return  # no period
     ours = Resampler(orig, new)

@@ -210,6 +210,8 @@ def test_options_that_need_a_gpu(monkeypatch, caplog):
     assert caplog.text.count("is for a GPU") == 3
     with pytest.raises(SystemExit, match="bf16"):
         experiment.fit_to_device({"precision": "fp16"})
+    with pytest.raises(SystemExit, match="give --compile=True"):
+        experiment.fit_to_device({"compile_module_keys": ["clap"]})
     assert (
         experiment.fit_to_device({"precision": "bf16"})["precision"] == "bf16"
     )
