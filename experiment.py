@@ -80,8 +80,8 @@ def start(argv, keeps_memory=True):
         share_freed_memory()
     # Loader processes are forked after the tokenizer was used.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # It is compiled for each length of captions and size of a batch, which
-    # takes tenths of a second; other kernels for attention are as fast.
+    # It is compiled for each length of captions and size of a batch, for so
+    # long that captions were embedded faster in fp32, which has others.
     torch.backends.cuda.enable_cudnn_sdp(False)
     hparams_file, run_opts, overrides = parse_arguments(argv)
     run_opts = fit_to_device(run_opts)
