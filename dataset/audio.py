@@ -187,7 +187,7 @@ def _read(file, begin, end):
     first, *others = frames.T
     mono = sum(others, first)
     if others:
-        mono /= np.float32(len(frames.T))
+        mono /= np.float32(file.channels)
     return torch.from_numpy(np.ascontiguousarray(mono))
 
 

@@ -156,6 +156,36 @@ def flags(tones, text_model, tmp_path):
     }
 
 
+def unit(vectors):
+    """Rows of norm 1."""
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def search(vectors, threshold, tally=None, **kwargs):
+    """All pairs that `pairs_over` finds, as three arrays."""
+    from curation.similarity import pairs_over
+
+    audio, text = vectors
+    batches = pairs_over(
+        lambda begin, end: audio[begin:end],
+        len(audio),
+        lambda begin, end: text[begin:end],
+        len(text),
+        threshold,
+        tally,
+        **kwargs,
+    )
+    return tuple(np.concatenate(part) for part in zip(*batches))
+
+
+def assert_pairs(found, naive, threshold):
+    """Those of the naive product, in order, with its similarities."""
+    audio, text = np.nonzero(naive >= threshold)
+    np.testing.assert_array_equal(found[0], audio)
+    np.testing.assert_array_equal(found[1], text)
+    np.testing.assert_array_equal(found[2], naive[audio, text])
+
+
 def history(folder):
     return pd.read_csv(pathlib.Path(folder) / "train_history.csv")
 

@@ -10,6 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from conftest import assert_pairs, search, unit
 
 from curation import similarity
 from curation.similarity import EDGES, Tally, keep_best, pairs_over
@@ -18,10 +19,6 @@ THRESHOLD = 0.75
 count_threads = torch.get_num_threads  # tests replace PyTorch's
 BLOCKS = [(1, 64), (7, 200), (64, 33), (4000, 4096)]
 PRECISIONS = ["fp32", "bf16", "int8"]
-
-
-def unit(vectors):
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def vectors_near(threshold, n_audio=300, n_text=200, width=64):
@@ -45,28 +42,6 @@ def vectors():
 def naive(vectors):
     audio, text = (v.astype(np.float64) for v in vectors)
     return audio @ text.T
-
-
-def search(vectors, threshold, tally=None, **kwargs):
-    audio, text = vectors
-    batches = pairs_over(
-        lambda begin, end: audio[begin:end],
-        len(audio),
-        lambda begin, end: text[begin:end],
-        len(text),
-        threshold,
-        tally,
-        **kwargs,
-    )
-    return tuple(np.concatenate(part) for part in zip(*batches))
-
-
-def assert_pairs(found, naive, threshold):
-    """Those of the naive product, in order, with its similarities."""
-    audio, text = np.nonzero(naive >= threshold)
-    np.testing.assert_array_equal(found[0], audio)
-    np.testing.assert_array_equal(found[1], text)
-    np.testing.assert_array_equal(found[2], naive[audio, text])
 
 
 @pytest.mark.parametrize("with_report", [False, True])
