@@ -43,7 +43,7 @@ from curation.embeddings import (
     state_hash,
     text_hash,
 )
-from curation.similarity import product_seconds
+from curation.fastest import product_seconds
 from dataset.audio import AudioError
 from dataset.manifest import of_headers
 from dataset.pipelines import CropDataset, WindowDataset, collate_windows

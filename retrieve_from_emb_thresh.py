@@ -46,15 +46,11 @@ from tqdm import tqdm
 
 import experiment
 from curation.embeddings import check_same_weights, open_embeddings
+from curation.fastest import fastest_product
+from curation.products import precisions
 from curation.report import make_report, report_figure
-from curation.similarity import (
-    EDGES,
-    Tally,
-    fastest_product,
-    keep_best,
-    pairs_over,
-    precisions,
-)
+from curation.similarity import keep_best, pairs_over
+from curation.tally import EDGES, Tally
 from files import write_json, written_whole
 
 logger = logging.getLogger(__name__)
@@ -252,7 +248,7 @@ def lowest_start(tally, target):
 
     Arguments
     ---------
-    tally : curation.similarity.Tally
+    tally : curation.tally.Tally
         Of a search that counted all similarities.
     target : int
         Number of pairs.

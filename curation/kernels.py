@@ -100,7 +100,7 @@ def histogram(product, scale, lowest, counts, best_of_row, best_of_column):
     counts += tallies.sum(axis=0)
 
 
-# Sums may be taken in any order: see similarity.py for why none is rounded.
+# Sums may be taken in any order: see products.py for why none is rounded.
 @numba.njit(nogil=True, cache=_KEEPS, fastmath={"reassoc", "contract"})
 def dots(a, b, a_rows, b_rows, out):
     """float64 dot products of pairs of rows.

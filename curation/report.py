@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 
-from curation.similarity import EDGES
+from curation.tally import EDGES
 
 TOP_CAPTIONS = 20
 _LABEL_LENGTH = 72  # characters of a caption in the picture
@@ -15,7 +15,7 @@ def make_report(tally, num_audio, threshold, kept, captions):
 
     Arguments
     ---------
-    tally : curation.similarity.Tally
+    tally : curation.tally.Tally
         Of the search; `with_report`, or lower thresholds count as the lowest
         searched one.
     num_audio : int

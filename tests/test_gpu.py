@@ -33,9 +33,10 @@ import microsoft_zeroshot
 import retrieve_ds_t2t
 import retrieve_from_emb_thresh
 import softclap_train
-from curation import similarity
+from curation import products
 from curation.embeddings import encoded, open_embeddings
-from curation.similarity import EDGES, Tally, fastest_product
+from curation.fastest import fastest_product
+from curation.tally import EDGES, Tally
 from models.cnn14 import CNN14
 
 pytestmark = [
@@ -160,7 +161,7 @@ def test_pairs_are_those_of_a_naive_product(
         options["with_report"] = True
     if kind == "axes":
         sides = [torch.from_numpy(v) for v in grid]
-        options["axes"] = similarity._joint_axes(*sides)[:, :15].contiguous()
+        options["axes"] = products.joint_axes(*sides)[:, :15].contiguous()
     tally = Tally(len(naive[0]))
     found = search(vectors, threshold, tally, **options)
     assert_pairs(found, naive, threshold)

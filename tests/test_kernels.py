@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from curation import kernels, similarity
-from curation.similarity import EDGES
+from curation import kernels, products, tally
+from curation.tally import EDGES
 
 SHAPES = [(1, 1), (3, 7), (5, 8), (40, 77)]
 
@@ -21,15 +21,12 @@ def rng():
 def exact_on(side, audio, text, flat):
     """Similarities as a device's functions have them, on this one."""
     if side == "gpu":
-        return similarity._dots_on_gpu(audio, text, *np.divmod(flat, len(text)))
-    rows, kept = (
-        similarity._Rows(0, x, 1.0, 0.0, 1.0, x) for x in (audio, text)
-    )
+        return products._dots_on_gpu(audio, text, *np.divmod(flat, len(text)))
+    rows, kept = (products.Rows(0, x, 1.0, 0.0, 1.0, x) for x in (audio, text))
     again = dataclasses.replace(kept, exact=lambda: text)
-    scratch = similarity._Scratch()
+    scratch = products.Scratch()
     found, of_again = (
-        similarity._exact_of(rows, block, flat, scratch)
-        for block in (kept, again)
+        products.exact_of(rows, block, flat, scratch) for block in (kept, again)
     )
     np.testing.assert_array_equal(found, of_again)
     return found[2]
@@ -59,11 +56,11 @@ def test_what_reaches_a_limit_in_each_format(rng, dtype, limit):
     if dtype == torch.int32:
         values, limit = 1000 * values, 1000 * limit
     values = values.to(dtype)
-    scratch = similarity._Scratch()
-    found = similarity._reaching(values, np.arange(33), limit, scratch)
+    scratch = products.Scratch()
+    found = products.reaching(values, np.arange(33), limit, scratch)
     # 0.6 is no bf16 number: the next one below it is the limit.
     if dtype == torch.bfloat16 and np.isfinite(limit):
-        limit = similarity._bf16_below(limit).item()
+        limit = products._bf16_below(limit).item()
     flat = values.double().numpy().ravel()
     limit = np.float32(limit) if dtype == torch.float32 else limit
     np.testing.assert_array_equal(found, np.flatnonzero(flat >= limit))
@@ -80,11 +77,11 @@ def test_counts_and_the_highest(rng, shape, dtype, side):
     steps[0] = steps[:, 0] = -40  # a row and a column below 0
     values = ((steps + 0.5) / 100 / unit).round(0 if unit < 1 else 6)
     product = torch.from_numpy(values).to(dtype)
-    copy, scratch = product.clone(), similarity._Scratch()
+    copy, scratch = product.clone(), products.Scratch()
     bins, *best = (
-        similarity._binned_on_cpu(copy, unit)
+        tally._binned_on_cpu(copy, unit)
         if side == "cpu"
-        else similarity._binned_on_gpu(copy, unit, scratch)
+        else tally._binned_on_gpu(copy, unit, scratch)
     )
     expected = np.bincount(
         steps.clip(-100, 100).ravel() + 100, minlength=len(EDGES)

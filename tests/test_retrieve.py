@@ -12,9 +12,9 @@ from conftest import ROOT, torchrun
 from matplotlib.figure import Figure
 
 import retrieve_from_emb_thresh as script
-from curation import similarity
+from curation import fastest, similarity
 from curation.report import make_report, report_figure
-from curation.similarity import EDGES, Tally
+from curation.tally import EDGES, Tally
 from dataset.manifest import read_pairs
 
 CURATION = ROOT / "hparams" / "curation"
@@ -136,10 +136,10 @@ def test_csv_holds_exactly_the_pairs(run, naive, audio, flags):
 def test_fewer_dimensions_give_the_same_file(
     run, naive, audio, folder, monkeypatch
 ):
-    monkeypatch.setattr(similarity, "_NUM_AXES", (5,))
+    monkeypatch.setattr(fastest, "_NUM_AXES", (5,))
     # Wide products alone take time.
     monkeypatch.setattr(
-        similarity,
+        fastest,
         "product_seconds",
         lambda dtype, width, device, enough: width,
     )

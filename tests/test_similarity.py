@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import assert_pairs, search, unit
 
-from curation import similarity
-from curation.similarity import EDGES, Tally, keep_best, pairs_over
+from curation import fastest, products, similarity, tally
+from curation.similarity import keep_best, pairs_over
+from curation.tally import EDGES, Tally
 
 THRESHOLD = 0.75
 count_threads = torch.get_num_threads  # tests replace PyTorch's
@@ -72,9 +73,9 @@ def low_rank(vectors, count=8, scale=0.1):
     return [v.astype(np.float16) for v in moved]
 
 
-def fastest(vectors, threshold, **kwargs):
+def fastest_of(vectors, threshold, **kwargs):
     audio, text = vectors
-    return similarity.fastest_product(
+    return fastest.fastest_product(
         lambda begin, end: audio[begin:end],
         len(audio),
         lambda begin, end: text[begin:end],
@@ -92,19 +93,19 @@ def costs(monkeypatch):
     """
 
     def set_costs(decision=0.0, preparing=0.0, **formats):
-        times = {similarity._PRECISIONS[n]: t for n, t in formats.items()}
+        times = {products.PRECISIONS[n]: t for n, t in formats.items()}
         monkeypatch.setattr(
-            similarity,
+            fastest,
             "product_seconds",
             lambda dtype, width, device, enough: width * times[dtype],
         )
         monkeypatch.setattr(
-            similarity,
+            fastest,
             "_decision_seconds",
             lambda audio, text, device: audio.shape[1] * decision,
         )
         clock = itertools.count(step=preparing)
-        monkeypatch.setattr(similarity.time, "perf_counter", clock.__next__)
+        monkeypatch.setattr(fastest.time, "perf_counter", clock.__next__)
 
     return set_costs
 
@@ -114,9 +115,9 @@ def take_axes(costs, monkeypatch):
     """Axes in that number."""
 
     def take(vectors, count):
-        monkeypatch.setattr(similarity, "_NUM_AXES", (count,))
+        monkeypatch.setattr(fastest, "_NUM_AXES", (count,))
         costs(fp32=1.0)
-        return fastest(vectors, 0.9, precision="fp32")[1]
+        return fastest_of(vectors, 0.9, precision="fp32")[1]
 
     return take
 
@@ -148,9 +149,9 @@ def test_axes_are_orthonormal_and_products_bounded(vectors, take_axes, scale):
         axes.T @ axes, torch.eye(7, dtype=torch.float64), atol=1e-12, rtol=0
     )
     sides = [torch.from_numpy(v).double() for v in low]
-    turned = similarity._turned(axes)
+    turned = products.turned_axes(axes)
     short = [
-        similarity._short(side, turned, similarity._Scratch()) for side in sides
+        products.shortened(side, turned, products.Scratch()) for side in sides
     ]
     bounds, exact = short[0] @ short[1].T, sides[0] @ sides[1].T
     assert (bounds >= exact - 1e-12).all()
@@ -167,11 +168,11 @@ def test_turned_axes_lose_less_to_int8(vectors, take_axes):
     """Long along one axis, vectors would need long steps for the others."""
     low = low_rank(vectors, count=1, scale=0.1)
     axes, side = take_axes(low, 31), torch.from_numpy(low[0]).double()
-    short = similarity._short(
-        side, similarity._turned(axes), similarity._Scratch()
+    short = products.shortened(
+        side, products.turned_axes(axes), products.Scratch()
     )
     lost = [
-        similarity._rounded(x, torch.int8, similarity._Scratch())[2]
+        products.rounded(x, torch.int8, products.Scratch())[2]
         for x in (short, side @ axes)
     ]
     assert lost[0] < 0.7 * lost[1]
@@ -184,9 +185,9 @@ def test_bounds_are_looked_at_again_before_decisions(
     """Whatever rounding left, no more is decided than exact bounds leave."""
     low = low_rank(vectors, scale=0.3)
     axes, sides = take_axes(low, 15), [torch.from_numpy(v) for v in low]
-    turned = similarity._turned(axes)
+    turned = products.turned_axes(axes)
     audio, text = (
-        similarity._short(x, turned, similarity._Scratch()) for x in sides
+        products.shortened(x, turned, products.Scratch()) for x in sides
     )
     bounds, decided = (audio @ text.T).numpy(), []
 
@@ -195,8 +196,8 @@ def test_bounds_are_looked_at_again_before_decisions(
         decided.append((rows.begin + audio, block.begin + text))
         return exact(rows, block, flat, scratch)
 
-    exact = similarity._exact_of
-    monkeypatch.setattr(similarity, "_exact_of", exact_of)
+    exact = products.exact_of
+    monkeypatch.setattr(products, "exact_of", exact_of)
     search(low, 0.8, audio_bs=50, text_bs=64, precision=precision, axes=axes)
     audio, text = (np.concatenate(part) for part in zip(*decided))
     reaches = bounds >= 0.8 + 1e-5
@@ -212,7 +213,7 @@ def test_the_fastest_product_is_taken(costs):
         return unit(rng.standard_normal((count, 256)) * scales)
 
     def assert_fastest(vectors, threshold, expected, **kwargs):
-        precision, axes = fastest(vectors, threshold, **kwargs)
+        precision, axes = fastest_of(vectors, threshold, **kwargs)
         shape = None if axes is None else tuple(axes.shape)
         assert (precision, shape) == expected
 
@@ -247,22 +248,22 @@ def test_the_fastest_product_is_taken(costs):
 def test_times_are_those_of_a_similarity(vectors, monkeypatch, precision):
     """A product of 1024 by 1024 and 1024 decisions, of a tick each."""
     clock = itertools.count()
-    monkeypatch.setattr(similarity.time, "perf_counter", clock.__next__)
-    dtype = similarity._PRECISIONS[precision]
-    assert similarity.product_seconds(dtype, 64) == 2.0**-20
+    monkeypatch.setattr(fastest.time, "perf_counter", clock.__next__)
+    dtype = products.PRECISIONS[precision]
+    assert fastest.product_seconds(dtype, 64) == 2.0**-20
     assert next(clock) == 6
     # Begin and end of a single run that takes more than four times as long.
     for enough, used in ((0.24, 2), (0.26, 6)):
         begin = next(clock)
-        similarity.product_seconds(dtype, 64, enough=enough * 2.0**-20)
+        fastest.product_seconds(dtype, 64, enough=enough * 2.0**-20)
         assert next(clock) == begin + used + 1
     sides = [torch.from_numpy(v).double() for v in vectors]
-    assert similarity._decision_seconds(*sides, "cpu") == 2.0**-10
+    assert fastest._decision_seconds(*sides, "cpu") == 2.0**-10
 
 
 def test_nothing_is_timed_without_a_choice(vectors, monkeypatch):
-    monkeypatch.setattr(similarity, "product_seconds", None)
-    way = fastest(vectors, 0.5, precision="bf16", with_report=True)
+    monkeypatch.setattr(fastest, "product_seconds", None)
+    way = fastest_of(vectors, 0.5, precision="bf16", with_report=True)
     assert way == ("bf16", None)
 
 
@@ -296,8 +297,8 @@ def test_highest_similarity_if_no_candidate_is_left(
         counts.append((len(flat), len(left)))
         return left
 
-    look = similarity._bounded
-    monkeypatch.setattr(similarity, "_bounded", bounded)
+    look = products.bounded
+    monkeypatch.setattr(products, "bounded", bounded)
     limit = naive.max() + 5e-3
     found = search(low, limit, tally, precision="int8", axes=axes)
     assert len(found[0]) == 0
@@ -372,9 +373,7 @@ def test_fp32_products_that_ignore_bits(vectors, setting, bits):
     torch.set_float32_matmul_precision(setting)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                similarity, "_product", lambda a, b, _: cut(a) @ cut(b)
-            )
+            patch.setattr(products, "multiply", lambda a, b, _: cut(a) @ cut(b))
             for limit in np.sort(naive[naive > THRESHOLD])[:40]:
                 found = search(vectors, limit, precision="fp32")
                 assert_pairs(found, naive, limit)
@@ -426,13 +425,13 @@ def threads(request, monkeypatch):
 
 
 def test_threads_share_the_cores(threads):
-    with similarity._threads("cpu") as (pool, count):
+    with similarity.search_threads("cpu") as (pool, count):
         used = pool.submit(count_threads).result()
     assert (count, used) == {2: (2, 1), 3: (3, 1), 20: (8, 2)}[threads]
 
 
 def test_a_search_leaves_the_number_of_threads(vectors, threads):
-    fastest(vectors, 0.5)
+    fastest_of(vectors, 0.5)
     search(vectors, 0.5)
     assert count_threads() == threads
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -490,8 +489,8 @@ def test_threads_prepare_what_is_kept_once(vectors, threads, monkeypatch):
             begins.append(begin)
         return prepare(vectors, begin, dtype, device, kind, *rest)
 
-    prepare = similarity._prepare
-    monkeypatch.setattr(similarity, "_prepare", noted)
+    prepare = products.prepare
+    monkeypatch.setattr(products, "prepare", noted)
     search(vectors, THRESHOLD, audio_bs=20, text_bs=40)
     assert begins == [0, 40, 80, 120, 160]
 
@@ -549,8 +548,8 @@ def test_texts_are_prepared_again_only_without_room(
             begins.append(begin)
         return prepare(vectors, begin, dtype, device, kind, *rest)
 
-    prepare = similarity._prepare
-    monkeypatch.setattr(similarity, "_prepare", noted)
+    prepare = products.prepare
+    monkeypatch.setattr(products, "prepare", noted)
     found = search(vectors, THRESHOLD, audio_bs=100, text_bs=40)
     assert_pairs(found, naive, THRESHOLD)
     assert begins == expected
@@ -622,15 +621,15 @@ def test_curves_of_vectors_that_are_not_of_unit_norm(vectors, precision):
 
 @pytest.fixture
 def forgotten():
-    similarity._int8_is_exact.cache_clear()
+    products._int8_is_exact.cache_clear()
     yield
-    similarity._int8_is_exact.cache_clear()
+    products._int8_is_exact.cache_clear()
 
 
 def test_int8_is_refused_where_sums_saturate(vectors, monkeypatch, forgotten):
     """As on processors without VNNI: pairs of unsigned times signed numbers."""
-    assert similarity._int8_is_exact()
-    similarity._int8_is_exact.cache_clear()
+    assert products._int8_is_exact()
+    products._int8_is_exact.cache_clear()
 
     def saturated(audio, text, scratch):
         audio, text = (audio.int() + 128)[:, None], text.int()[None]
@@ -639,10 +638,10 @@ def test_int8_is_refused_where_sums_saturate(vectors, monkeypatch, forgotten):
         sums = sums.clamp(-(2**15), 2**15 - 1).sum(-1)
         return (sums - 128 * text.sum(-1)).int()
 
-    monkeypatch.setattr(similarity, "_product", saturated)
+    monkeypatch.setattr(products, "multiply", saturated)
     with pytest.raises(ValueError, match="precision=int8: give one of bf16"):
         search(vectors, THRESHOLD, precision="int8")
-    assert similarity.precisions("cpu") == ["bf16", "fp32"]
+    assert products.precisions("cpu") == ["bf16", "fp32"]
 
 
 def test_without_a_report_only_pairs_count(naive, vectors):
@@ -673,7 +672,7 @@ def test_highest_similarity_without_a_pair(naive, vectors, precision):
 
 def test_bf16_limits_are_rounded_down():
     for value in np.random.default_rng(0).uniform(-1, 1, 50):
-        found = similarity._bf16_below(value)
+        found = products._bf16_below(value)
         above = torch.nextafter(found, torch.tensor(2.0).bfloat16())
         assert found.item() <= value < above.item()
 
@@ -682,7 +681,7 @@ def test_bf16_numbers_are_spread_evenly():
     values = np.random.default_rng(0).uniform(0.3, 1, 200_000)
     bits = torch.from_numpy(values).bfloat16().view(torch.int16).numpy()
     counts = np.bincount(bits.view(np.uint16), minlength=2**16)
-    found = similarity._at_least_of_bits(counts)
+    found = tally._at_least_of_bits(counts)
     middle = (EDGES > 0.31) & (EDGES < 0.99)
     exact = np.array([(values >= e).sum() for e in EDGES[middle]])
     # A bin holds 2857, a bf16 number up to 1116.
@@ -741,9 +740,9 @@ def test_wrong_arguments(vectors):
         ):
             search(vectors, THRESHOLD, precision=precision)
     with pytest.raises(ValueError, match="fp16: give one of .*fp32"):
-        fastest(vectors, THRESHOLD, precision="fp16")
+        fastest_of(vectors, THRESHOLD, precision="fp16")
     with pytest.raises(ValueError, match="computed on cpu or cuda"):
-        fastest(vectors, THRESHOLD, device="meta")
+        fastest_of(vectors, THRESHOLD, device="meta")
     with pytest.raises(ValueError, match="Block sizes"):
         search(vectors, THRESHOLD, audio_bs=0)
     with pytest.raises(ValueError, match="not a number"):
