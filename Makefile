@@ -2,6 +2,7 @@
 # make test: the tests
 # make test-gpu: those of a GPU, which `make test` leaves out
 # make bench: figures of speed, into benchmarks/README.md
+# make lint: style and format
 # All make .venv and install the pinned requirements first.
 
 PYTHON ?= python3
