@@ -34,7 +34,7 @@ from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
 
 import experiment
-from dataset.manifest import read_pairs
+from dataset.manifest import probe_audio, read_pairs
 from dataset.mixing import MixedBatchSampler
 from dataset.pipelines import (
     PairCollator,
@@ -66,7 +66,24 @@ class CLAPBrain(sb.Brain):
     # Flags that a run keeps to its end.
     settings = ("seed", "batch_size", "grad_accumulation_factor")
     settings += ("base_lr", "final_lr", "lr_schedule", "warmup_steps")
-    settings += ("curation_prob",)
+    settings += ("max_grad_norm", "skip_nonfinite_grads")
+    settings += ("curation_prob", "short_audio", "text_prompt")
+    # The best checkpoint is chosen among all of the run's.
+    settings += ("use_zs_loader", "zs_dataset", "zs_valid_folds")
+
+    def run_settings(self):
+        """What a run keeps to its end: name -> number, text or list."""
+        settings = {name: getattr(self.hparams, name) for name in self.settings}
+        pairs = self.train_sampler.global_batch_size
+        clap = self.hparams.clap
+        return settings | {
+            "step": f"{pairs} pairs",
+            "precision": self.precision,
+            "freeze_audio_encoder": clap.audio_encoder.freeze,
+            "freeze_text_encoder": clap.caption_encoder.freeze,
+            "dropout": clap.audio_encoder.base.dropout.p,
+            **self.hparams.tokenizer.settings(),
+        }
 
     def compute_forward(self, batch, stage):
         """PairBatch -> audio and text embeddings (batch, d), scale."""
@@ -400,7 +417,7 @@ def train(brain):
     brain.fit(
         hparams.epoch_counter,
         train_loader,
-        make_valid_loader(hparams, manifests[-1]),
+        make_valid_loader(brain, manifests[-1]),
     )
     if brain.unreadable:
         logger.warning("%d audio files were skipped", len(brain.unreadable))
@@ -427,24 +444,23 @@ def record_settings(brain, names, is_new):
     ValueError
         What differs is named.
     """
-    hparams = brain.hparams
-    settings = {name: getattr(hparams, name) for name in brain.settings}
-    settings["step"] = f"{brain.train_sampler.global_batch_size} pairs"
+    hparams, settings = brain.hparams, brain.run_settings()
     for name in names:
         with open(f"{hparams.save_folder}/{name}.csv", "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         settings[f"{name}.csv"] = digest[:12]
     path = os.path.join(brain.checkpointer.checkpoints_dir, SETTINGS_FILE)
-    if is_new or not os.path.exists(path):
-        record = {"training": settings, "network": hearing_of(hparams.clap)}
+    record = {"training": settings, "network": hearing_of(hparams.clap)}
+    if is_new:
         run_on_main(write_json, args=[record, path])
         return
     with open(path, encoding="utf-8") as file:
-        began = json.load(file)["training"]
+        began = json.load(file)
     different = [
-        f"{name} ({began.get(name)} -> {settings.get(name)})"
-        for name in {**began, **settings}
-        if began.get(name) != settings.get(name)
+        f"{name} ({began[part].get(name)} -> {now.get(name)})"
+        for part, now in record.items()
+        for name in {**began[part], **now}
+        if began[part].get(name) != now.get(name)
     ]
     if different:
         raise ValueError(
@@ -464,6 +480,9 @@ def check_flags(hparams):
     counts = ["batch_size", "number_of_epochs", "grad_accumulation_factor"]
     counts.append("num_ckpt_keep")
     experiment.check_numbers(vars(hparams), counts, 1, whole=True)
+    counts = ["seed", "num_workers", "warmup_steps"]
+    experiment.check_numbers(vars(hparams), counts, 0, whole=True)
+    experiment.check_numbers(vars(hparams), ["base_lr", "final_lr"], 0)
     fractions = ["curation_prob", "max_bad_audio"]
     experiment.check_numbers(vars(hparams), fractions, 0, 1)
     # A negative one would turn gradients round.
@@ -525,6 +544,11 @@ def make_train_loader(brain, manifests):
             len(sampler),
             hparams.grad_accumulation_factor,
         )
+    if sampler.global_batch_size < 2:
+        raise ValueError(
+            "--batch_size=1: a pair is told from the others of its batch, and "
+            "there are none. Give 2 or more"
+        )
     loader = SaveableDataLoader(
         PairDataset(manifests, hparams.reader, hparams.seed),
         batch_sampler=sampler,
@@ -538,12 +562,12 @@ def make_train_loader(brain, manifests):
     return loader
 
 
-def make_valid_loader(hparams, manifest):
+def make_valid_loader(brain, manifest):
     """Loader of the validation pairs, in their order.
 
     Arguments
     ---------
-    hparams : SimpleNamespace
+    brain : CLAPBrain
     manifest : pandas.DataFrame
         The pairs.
 
@@ -551,7 +575,7 @@ def make_valid_loader(hparams, manifest):
     -------
     torch.utils.data.DataLoader
     """
-    recordings = manifest["wav_path"].nunique()
+    hparams, recordings = brain.hparams, manifest["wav_path"].nunique()
     if recordings < _FEW_RECORDINGS:
         logger.warning(
             "The validation set has %d recordings, whose loss tells little of "
@@ -569,6 +593,7 @@ def make_valid_loader(hparams, manifest):
         collate_fn=PairCollator(hparams.tokenizer),
         num_workers=hparams.num_workers,
         persistent_workers=hparams.num_workers > 0,
+        pin_memory=brain.device_type == "cuda",
     )
 
 
@@ -584,12 +609,17 @@ def make_zeroshot_set(brain):
     hparams = brain.hparams
     data = hparams.prepare_zeroshot()
     data = data.of_folds(hparams.zs_valid_folds, "zs_valid_folds")
+    paths = data.clips["wav_path"]
+    # Before an epoch of training, rather than after it.
+    _, unreadable = probe_audio(paths)
+    brain.note_unreadable(unreadable, brain.zeroshot_unreadable, len(paths))
     loader = DataLoader(
-        WindowDataset(data.clips["wav_path"], hparams.reader),
+        WindowDataset(paths, hparams.reader),
         batch_size=hparams.batch_size,
         collate_fn=collate_windows,
         num_workers=hparams.num_workers,
         persistent_workers=hparams.num_workers > 0,
+        pin_memory=brain.device_type == "cuda",
     )
     return loader, data.true_classes(), data.labels["text"].tolist()
 
@@ -625,6 +655,8 @@ def make_loggers(hparams):
 def main(argv):
     """Train as the command line says."""
     hparams, run_opts = experiment.start(argv)
+    if "teacher" in hparams:
+        raise SystemExit(f"{argv[0]} is of softclap_train.py")
     brain = CLAPBrain(
         modules={"clap": hparams["clap"]},
         opt_class=hparams["opt_class"],

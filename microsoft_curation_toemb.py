@@ -40,7 +40,6 @@ from curation.embeddings import (
     encoded,
     read_captions,
     read_record,
-    state_hash,
     text_hash,
 )
 from curation.fastest import product_seconds
@@ -49,6 +48,7 @@ from dataset.manifest import of_headers
 from dataset.pipelines import CropDataset, WindowDataset, collate_windows
 from files import read_lines, read_table, write_csv, written_whole
 from models.packed import pack_weights
+from models.weights import state_hash
 from models.zeroshot import clip_embeddings, text_embeddings
 
 logger = logging.getLogger(__name__)

@@ -25,13 +25,13 @@ from curation.embeddings import (
     dump_captions,
     open_embeddings,
     read_captions,
-    state_hash,
     text_hash,
     write_store,
 )
 from dataset.prepare_zeroshot import BUILT_IN_LABELS, read_labels
 from files import read_lines
 from models.packed import pack_weights
+from models.weights import state_hash
 from models.zeroshot import class_embeddings, text_embeddings
 
 logger = logging.getLogger(__name__)

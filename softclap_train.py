@@ -31,9 +31,10 @@ import speechbrain as sb
 import torch
 
 import experiment
+from dataset.text import CaptionTokenizer
 from microsoft_clap_train import CLAPBrain, train
 from models.losses import soft_targets
-from models.weights import load_weights
+from models.weights import load_weights, state_hash
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,11 @@ class SoftCLAPBrain(CLAPBrain):
     """
 
     settings = (*CLAPBrain.settings, "softclap_beta", "softclap_tau")
+
+    def run_settings(self):
+        """See `CLAPBrain.run_settings`; the teacher is one of them."""
+        teacher = state_hash(self.teacher.state_dict())
+        return super().run_settings() | {"teacher": teacher[:12]}
 
     def targets(self, batch, stage, gather):
         """The hard targets and, in training, the teacher's view of the pairs.
@@ -144,11 +150,23 @@ def check_teacher(hparams):
             f"The teacher hears {teacher.sample_rate} Hz and the student "
             f"{student.sample_rate} Hz: they must see the same crops"
         )
+    if teacher.text_model != student.text_model:
+        own = CaptionTokenizer(teacher.text_model).settings()
+        if own["tokenizer"] != hparams["tokenizer"].settings()["tokenizer"]:
+            raise SystemExit(
+                f"The teacher's text model, {teacher.text_model}, has other "
+                f"tokens than the student's, {student.text_model}: captions "
+                "are made tokens once, for both"
+            )
 
 
 def main(argv):
     """Train as the command line says."""
     hparams, run_opts = experiment.start(argv)
+    if "teacher" not in hparams:
+        raise SystemExit(
+            f"{argv[0]} has no teacher: give hparams/insper/softclap_train.yaml"
+        )
     check_teacher(hparams)
     brain = SoftCLAPBrain(
         modules={"clap": hparams["clap"]},

@@ -245,27 +245,6 @@ def check_same_weights(audio, text):
         )
 
 
-def state_hash(state):
-    """Hash of a model's parameters, whatever file they came from.
-
-    Arguments
-    ---------
-    state : dict
-        Name -> tensor.
-
-    Returns
-    -------
-    str
-        SHA-256, hexadecimal.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode())
-        values = state[name].detach().cpu().contiguous().reshape(-1)
-        digest.update(values.view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def text_hash(texts):
     """Hash of a list of texts and their order.
 

@@ -157,6 +157,7 @@ class CLAP(nn.Module):
                 f"duration={duration} s is too short: CNN14 needs {MIN_HOPS} "
                 f"hops of {hop_size} samples at {sample_rate} Hz"
             )
+        self.text_model = text_model
         self.sample_rate, self.duration = sample_rate, duration
         self.window_size, self.hop_size = window_size, hop_size
         self.d_proj = d_proj

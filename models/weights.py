@@ -51,6 +51,9 @@ class AtomicCheckpointer(Checkpointer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._remove_partial()
+
+    def _remove_partial(self):
         if if_main_process():
             for partial in self.checkpoints_dir.glob(f"*/{_PARTIAL_META}"):
                 shutil.rmtree(partial.parent)
@@ -60,8 +63,23 @@ class AtomicCheckpointer(Checkpointer):
         return super()._save_checkpoint_metafile(partial, *args, **kwargs)
 
     def save_checkpoint(self, *args, **kwargs):
-        """As SpeechBrain's, with the meta file renamed last."""
-        checkpoint = super().save_checkpoint(*args, **kwargs)
+        """As SpeechBrain's, with the meta file renamed last.
+
+        Raises
+        ------
+        OSError
+            It cannot be written, as on a full disk.
+        """
+        try:
+            checkpoint = super().save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            self._remove_partial()
+            free = shutil.disk_usage(self.checkpoints_dir).free / 2**20
+            raise OSError(
+                f"No checkpoint could be written to {self.checkpoints_dir}, "
+                f"where {free:.0f} MiB are free: {error}. Make room; the same "
+                "command goes on from the checkpoint before"
+            ) from error
         if checkpoint is not None:
             partial = checkpoint.path / _PARTIAL_META
             os.replace(partial, checkpoint.path / METAFNAME)
@@ -192,18 +210,17 @@ def find_checkpoint(folder, which=None):
         folder, which = folder.parent, folder.name
     elif (folder / "save").is_dir():
         folder = folder / "save"
-    checkpoints = Checkpointer(folder).find_checkpoints()
+    checkpointer = Checkpointer(folder)
+    checkpoints = checkpointer.find_checkpoints()
     if not checkpoints:
         raise FileNotFoundError(
             f"{named} holds no checkpoint: no CKPT+*/{METAFNAME} in {folder}"
         )
-    for key in ("acc", "loss"):
+    for key, extreme in (("acc", "max_key"), ("loss", "min_key")):
         if which not in (None, key):
             continue
-        having = [c for c in checkpoints if key in c.meta]
-        if having:
-            sign = 1 if key == "acc" else -1
-            chosen = max(having, key=lambda c: sign * c.meta[key])
+        chosen = checkpointer.find_checkpoint(**{extreme: key})
+        if chosen is not None:
             why = f"best by {key}, {chosen.meta[key]:.4f}"
             break
     else:
@@ -367,6 +384,27 @@ def _check_hearing(clap, path, may_differ):
         )
     if different:
         logger.warning("%s: %s", path, "; ".join(different.values()))
+
+
+def state_hash(state):
+    """Hash of a model's parameters, whatever file they came from.
+
+    Arguments
+    ---------
+    state : dict
+        Name -> tensor.
+
+    Returns
+    -------
+    str
+        SHA-256, hexadecimal.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        values = state[name].detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _sha256(path):

@@ -15,6 +15,7 @@ from conftest import (
 
 import microsoft_clap_train
 import softclap_train
+from dataset.text_model import make_text_model
 from files import write_csv
 from models.weights import find_checkpoint, load_weights
 
@@ -220,11 +221,30 @@ def write_layout(folder, dataset):
         ({"ssl_checkpoints_dir": None}, "Name the teacher"),
         ({"teacher_checkpoints_dir": "nowhere"}, "nowhere does not exist"),
         ({"teacher": "{sample_rate: 32000}"}, "32000 Hz"),
+        ({"teacher": "{text_model: OTHER}"}, "has other tokens than the"),
     ],
 )
-def test_wrong_settings(student, changes, message):
+def test_wrong_settings(student, changes, message, tmp_path):
+    if "OTHER" in changes.get("teacher", ""):
+        make_text_model(["whale", "bat"], tmp_path / "words")
+        changes = {"teacher": f"{{text_model: {tmp_path / 'words'}}}"}
     with pytest.raises(SystemExit, match=message):
         train(student, **changes)
+
+
+def test_a_run_keeps_its_teacher(student, flags, tmp_path):
+    train(student, number_of_epochs=1)
+    other = flags | {"output_folder": tmp_path / "other", "seed": 5}
+    microsoft_clap_train.main(argv(TEACHER, other, number_of_epochs=1))
+    with pytest.raises(ValueError, match=r"teacher \(\w{12} -> \w{12}\)\. "):
+        train(student, teacher_checkpoints_dir=tmp_path / "other")
+
+
+def test_scripts_take_their_own_settings(student):
+    with pytest.raises(SystemExit, match="is of softclap_train.py"):
+        microsoft_clap_train.main(argv(STUDENT, student))
+    with pytest.raises(SystemExit, match="train.yaml has no teacher"):
+        softclap_train.main(argv(TEACHER, student))
 
 
 def test_a_teacher_folder_without_a_checkpoint(student, tmp_path):

@@ -94,12 +94,26 @@ def test_a_complete_run_is_told(flags, tmp_path, capsys):
             r"curation_csv \(None -> .*curated.csv\)\. ",
         ),
         ({"valid_pct": 0.5}, r"valid_pct \(0.25 -> 0.5\)\. "),
+        ({"short_audio": "zero"}, r"short_audio \(repeat -> zero\)\. "),
+        ({"precision": "bf16"}, r"precision \(fp32 -> bf16\)\. "),
+        ({"clap": {"hop_size": 200}}, r"hop_size \(320 -> 200\)\. "),
+        ({"clap": {"dropout_factor": 0}}, r"dropout \(0.5 -> 0.0\)\. "),
+        (
+            {"clap": {"freeze_text_encoder": True}},
+            r"freeze_text_encoder \(False -> True\)\. ",
+        ),
+        (
+            {"tokenizer": {"text_max_length": 7}},
+            r"text_max_length \(100 -> 7\)\. ",
+        ),
     ],
 )
 def test_a_run_keeps_the_settings_that_it_began_with(
     flags, tones, changes, message
 ):
     train(flags, number_of_epochs=1)
+    if "clap" in changes:
+        changes = {"clap": yaml.safe_load(flags["clap"]) | changes["clap"]}
     if "curation_prob" in changes:
         changes["curation_csv"] = f"{tones}/curated.csv"
     with pytest.raises(ValueError, match=message):
@@ -139,7 +153,8 @@ def test_validation_batches_are_of_one_size(pairs, sizes, caplog):
     hparams = types.SimpleNamespace(
         batch_size=19, reader=None, seed=0, tokenizer=None, num_workers=0
     )
-    loader = microsoft_clap_train.make_valid_loader(hparams, manifest)
+    brain = types.SimpleNamespace(hparams=hparams, device_type="cpu")
+    loader = microsoft_clap_train.make_valid_loader(brain, manifest)
     batches = list(loader.batch_sampler)
     assert [len(batch) for batch in batches] == sizes
     assert np.concatenate(batches).tolist() == list(range(pairs))
@@ -208,8 +223,25 @@ def test_zero_shot_validation_chooses_the_checkpoint(flags, tmp_path):
     assert np.allclose(accuracies * 6, (accuracies * 6).round())
     best = find_checkpoint(tmp_path / "run", "acc").parent / "CKPT.yaml"
     assert yaml.safe_load(best.read_text())["acc"] == accuracies.max()
+    with pytest.raises(ValueError, match=r"zs_valid_folds \(\[2\] -> \[1\]\)"):
+        train(flags, zs_valid_folds=[1])
     with pytest.raises(ValueError, match="has the folds 1, 2"):
-        train(flags, zs_valid_folds=[3])
+        train(flags, zs_valid_folds=[3], output_folder=tmp_path / "other")
+
+
+def test_unreadable_zero_shot_audio_is_known_before_training(flags, tmp_path):
+    write_esc_layout(tmp_path / "esc")
+    for path in (tmp_path / "esc" / "audio").glob("*.wav"):
+        path.write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(RuntimeError, match="6 of 6 audio files cannot be read"):
+        train(
+            flags,
+            use_zs_loader=True,
+            data_zs_folder=tmp_path / "esc",
+            zs_labels_path=tmp_path / "esc" / "labels.csv",
+            zs_valid_folds=[2],
+        )
+    assert not (tmp_path / "run" / "train_log.txt").exists()
 
 
 def break_clips(folder, count):
@@ -360,6 +392,10 @@ def test_student_starts_from_a_checkpoint(flags, tmp_path):
         ("ssl_checkpointer", "acc", "--ssl_checkpoints_dir, which is not"),
         ("use_zs_loader", True, "needs --data_zs_folder"),
         ("lr_schedule", "linear", "lr_schedule"),
+        ("num_workers", -1, "--num_workers=-1: give a whole number"),
+        ("warmup_steps", 1.5, "--warmup_steps=1.5: give a whole number"),
+        ("base_lr", -1, "--base_lr=-1: give a number of 0 or more"),
+        ("batch_size", 1, "--batch_size=1: .* Give 2 or more"),
         ("short_audio", "mirror", "repeat"),
         ("valid_pct", 5, "valid_pct"),
     ],

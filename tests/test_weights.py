@@ -300,3 +300,18 @@ def test_a_checkpoint_killed_while_saving_is_none(tmp_path):
     assert len(checkpointer.list_checkpoints()) == 1
     AtomicCheckpointer(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_checkpoint_that_does_not_fit_the_disk(tmp_path):
+    """What was written of it makes room again; the one before stays."""
+    save_checkpoints(tmp_path, [{"loss": 1.0}])
+
+    class Large(torch.nn.Linear):
+        def state_dict(self, *args, **kwargs):
+            raise RuntimeError("unexpected pos 645440 vs 645328")
+
+    checkpointer = AtomicCheckpointer(tmp_path, {"clap": Large(1, 1)})
+    with pytest.raises(OSError, match=r"MiB are free: unexpected pos .*room"):
+        checkpointer.save_checkpoint({"loss": 0.0})
+    assert len(list(tmp_path.iterdir())) == 1
+    assert find_checkpoint(tmp_path).exists()
