@@ -129,7 +129,7 @@ def similarities_to(corpus, classes):
         (captions, classes) float64.
     """
     blocks = [
-        corpus.block(i, i + _BLOCK_ROWS).astype(np.float64) @ classes.T
+        corpus[i : i + _BLOCK_ROWS].astype(np.float64) @ classes.T
         for i in range(0, len(corpus), _BLOCK_ROWS)
     ]
     return np.concatenate(blocks)

@@ -27,6 +27,7 @@ and the files are the same. The method is that of arXiv 2305.01864.
 """
 
 import contextlib
+import glob
 import logging
 import os
 import sys
@@ -61,6 +62,7 @@ _BUFFER_PAIRS = 2**20
 # would keep more threads waiting.
 _LINES_AT_ONCE = 2**14
 _LINE_THREADS = min(pa.cpu_count(), 8)
+_TEXT = pa.large_string()  # its lines together may exceed 2 GB
 
 
 class PairSink:
@@ -85,7 +87,7 @@ class PairSink:
 
     def __init__(self, audio, text, file=None, max_pairs=None):
         manifest = audio.manifest
-        self.paths = pa.array(manifest["wav_path"], pa.string())
+        self.paths = pa.array(manifest["wav_path"], _TEXT)
         self.times = manifest.reindex(columns=["start", "end"]).to_numpy(float)
         self.file, self.max_pairs = file, max_pairs
         if file is not None:
@@ -140,24 +142,31 @@ class PairSink:
         rows, which = audio_rows[is_new], is_new.cumsum() - 1
         # Few windows begin at a time of their own.
         times, places = np.unique(self.times[rows], return_inverse=True)
-        times = pa.array(["" if s != s else repr(s) for s in times.tolist()])
+        times = ["" if s != s else repr(s) for s in times.tolist()]
+        times = pa.array(times, _TEXT)
         starts, ends = (
             times.take(pa.array(column)) for column in places.reshape(-1, 2).T
         )
-        times = pc.binary_join_element_wise(starts, ends, ",")
-        times = pc.binary_join_element_wise(times, "\n", "")
+        times = _join(starts, ends, ",")
+        times = _join(times, "\n", "")
         # Six digits, as decimal numbers have them.
         values = pc.round(pa.array(similarities, pa.float64()), 6)
-        lines = pc.binary_join_element_wise(
-            pa.array(np.arange(first, first + len(which))).cast(pa.string()),
+        lines = _join(
+            pa.array(np.arange(first, first + len(which))).cast(_TEXT),
             csv_cells(self.paths.take(pa.array(rows))).take(pa.array(which)),
             self.captions.take(pa.array(text_rows)),
-            values.cast(pa.decimal128(8, 6)).cast(pa.string()),
+            values.cast(pa.decimal128(8, 6)).cast(pa.string()).cast(_TEXT),
             times.take(pa.array(which)),
             ",",
         )
         _, _, text = lines.buffers()
         return text
+
+
+def _join(*parts):
+    """Texts of each row one after another, with the last part between them."""
+    parts = (pa.scalar(p, _TEXT) if isinstance(p, str) else p for p in parts)
+    return pc.binary_join_element_wise(*parts)
 
 
 def csv_cells(texts):
@@ -169,12 +178,10 @@ def csv_cells(texts):
 
     Returns
     -------
-    pyarrow.StringArray
+    pyarrow.LargeStringArray
     """
-    texts = pa.array(texts, pa.string())
-    quoted = pc.binary_join_element_wise(
-        '"', pc.replace_substring(texts, '"', '""'), '"', ""
-    )
+    texts = pa.array(texts, _TEXT)
+    quoted = _join('"', pc.replace_substring(texts, '"', '""'), '"', "")
     return pc.if_else(
         pc.match_substring_regex(texts, '[",\r\n]'), quoted, texts
     )
@@ -346,6 +353,12 @@ def check_settings(hparams, device):
     limits = ["max_captions_per_audio", "max_audios_per_caption"]
     names = ["audio_bs", "max_pairs", "target_pairs", *limits]
     experiment.check_numbers(hparams, names, 1, whole=True)
+    most, target = hparams["max_pairs"], hparams["target_pairs"]
+    if None not in (most, target) and most < target and not hparams["dry_run"]:
+        raise SystemExit(
+            f"--target_pairs={target} may give more than --max_pairs={most}: "
+            "give one of them"
+        )
     precision = hparams["search_precision"]
     choices = ["auto", *precisions(device)]
     if precision not in choices:
@@ -398,6 +411,10 @@ def gathered(batches, path, most=None):
     if not torch.distributed.is_initialized():
         yield from batches
         return
+    if if_main_process():
+        for stale in glob.glob(f"{glob.escape(path)}.*"):
+            os.remove(stale)  # of a run that was stopped
+    ddp_barrier()
     count = 0
     with written_whole(f"{path}.{torch.distributed.get_rank()}") as file:
         for pairs in batches:
@@ -452,10 +469,8 @@ def retrieve(audio, text, hparams, run_opts):
         chosen = None
         if is_main:
             chosen = fastest_product(
-                audio.block,
-                len(audio),
-                text.block,
-                len(text),
+                audio,
+                text,
                 threshold,
                 with_report,
                 hparams["search_precision"],
@@ -473,17 +488,10 @@ def retrieve(audio, text, hparams, run_opts):
             dynamic_ncols=True,
             disable=bool(run_opts.get("noprogressbar")) or not is_main,
         ) as bar:
-
-            def audio_block(begin, end):
-                bar.update(end - begin)
-                return audio.block(first + begin, first + end)
-
             own = Tally(len(text))
             batches = pairs_over(
-                audio_block,
-                last - first,
-                text.block,
-                len(text),
+                audio,
+                text,
                 threshold,
                 own,
                 with_report,
@@ -491,9 +499,10 @@ def retrieve(audio, text, hparams, run_opts):
                 device=run_opts["device"],
                 precision=precision,
                 axes=axes,
+                rows=(first, last),
+                progress=bar.update,
             )
-            moved = ((a + first, t, s) for a, t, s in batches)
-            best = best_per_audio(moved, kinds, per_audio)
+            best = best_per_audio(batches, kinds, per_audio)
             yield from gathered(best, f"{base}_pairs.partial", most)
         tally.start(threshold)
         for other in all_of(own):
@@ -544,6 +553,11 @@ def retrieve(audio, text, hparams, run_opts):
             file.write(HEADER)
         for pairs in batches:
             sink.add(*pairs)
+        if writes:
+            # A report of other pairs must not lie beside these.
+            for suffix in ("json", "png"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(f"{base}_report.{suffix}")
     if not is_main:
         return
     if with_report:

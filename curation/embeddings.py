@@ -67,12 +67,12 @@ class Embeddings:
         """Number of rows."""
         return len(self.vectors)
 
-    def block(self, begin, end):
-        """Rows begin..end, (end - begin, d) float16 or float32."""
+    def __getitem__(self, rows):
+        """A slice of rows, (rows, d) float16 or float32."""
         # Mapped anew each time, or all pages that were read would count as
         # memory of the process until it ends. "c" never writes to the file,
         # but PyTorch warns of arrays that cannot be written to.
-        block = np.load(self.path, mmap_mode="c")[begin:end]
+        block = np.load(self.path, mmap_mode="c")[rows]
         if self.info is None:
             block = block.astype(np.float32)
             norms = np.linalg.norm(block, axis=1, keepdims=True)

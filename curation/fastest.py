@@ -20,10 +20,8 @@ _NUM_AXES = (63, 127, 255, 511)
 
 
 def fastest_product(
-    audio_block,
-    n_audio,
-    text_block,
-    n_text,
+    audio,
+    text,
     threshold,
     with_report=False,
     precision="auto",
@@ -38,8 +36,8 @@ def fastest_product(
 
     Arguments
     ---------
-    audio_block, text_block, n_audio, n_text, threshold, with_report, device
-        As `pairs_over`; of the blocks a sample is read.
+    audio, text, threshold, with_report, device
+        As `pairs_over`; of the vectors a sample is read.
     precision : str
         As `pairs_over`; auto takes fp16 on a GPU, and compares the others on a
         CPU.
@@ -58,10 +56,8 @@ def fastest_product(
         # Where a search computes, with as many cores.
         return pool.submit(
             _fastest_product,
-            audio_block,
-            n_audio,
-            text_block,
-            n_text,
+            audio,
+            text,
             threshold,
             with_report,
             precision,
@@ -70,10 +66,8 @@ def fastest_product(
 
 
 def _fastest_product(
-    audio_block,
-    n_audio,
-    text_block,
-    n_text,
+    audio,
+    text,
     threshold,
     with_report,
     precision,
@@ -86,9 +80,10 @@ def _fastest_product(
     elif torch.device(device).type == "cuda":
         names = ["fp16"]
     best, least = (names[-1], None), np.inf
-    if n_audio < 2 or n_text < 2 or (with_report and len(names) == 1):
+    n_audio, n_text = len(audio), len(text)
+    if min(n_audio, n_text) < 2 or (with_report and len(names) == 1):
         return best
-    audio, text = _sample(audio_block, n_audio), _sample(text_block, n_text)
+    audio, text = _sample(audio), _sample(text)
     if not (audio.isfinite().all() and text.isfinite().all()):
         return best  # the error comes with the row, and names it
     width = audio.shape[1]
@@ -146,13 +141,13 @@ def _fastest_product(
     return best
 
 
-def _sample(read, count):
+def _sample(vectors):
     """Rows from all over, (at most 2048, d) float64."""
-    size = _SAMPLE_ROWS // 8
+    count, size = len(vectors), _SAMPLE_ROWS // 8
     begins = [i * (count - size) // 7 for i in range(8)]
     if count <= _SAMPLE_ROWS:
         begins, size = [0], count
-    blocks = [np.asarray(read(begin, begin + size)) for begin in begins]
+    blocks = [vectors[begin : begin + size] for begin in begins]
     return torch.from_numpy(np.concatenate(blocks)).double()
 
 

@@ -403,6 +403,8 @@ def multiply(audio, columns, scratch):
     shape = (len(audio), columns.shape[1])
     if audio.dtype == torch.int8:
         out = scratch.take(torch.int32, shape, audio.device)
+        if audio.shape[1] == 1:  # PyTorch's is wrong
+            return torch.mul(audio.int(), columns.int(), out=out)
         return torch._int_mm(audio, columns, out=out)
     out = scratch.take(audio.dtype, shape, audio.device)
     return torch.mm(audio, columns, out=out)

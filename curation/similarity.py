@@ -51,10 +51,8 @@ class _Blocks:
 
 
 def pairs_over(
-    audio_block,
-    n_audio,
-    text_block,
-    n_text,
+    audio,
+    text,
     threshold,
     tally=None,
     with_report=False,
@@ -63,19 +61,19 @@ def pairs_over(
     device="cpu",
     precision="fp32",
     axes=None,
+    rows=None,
+    progress=None,
 ):
     """Find all pairs whose exact similarity is the threshold or more.
 
-    Memory depends on the block sizes and on `n_text` times a few bytes, not on
-    the number of pairs: a block of audio rows that has too many is halved.
+    Memory depends on the block sizes and on the number of texts times a few
+    bytes, not on the number of pairs: a block of audio rows that has too many
+    is halved.
 
     Arguments
     ---------
-    audio_block, text_block : callable
-        (begin, end) -> array (end - begin, d) of about unit norm, fp16 or
-        fp32, the same for each row at every call.
-    n_audio, n_text : int
-        Number of rows of each.
+    audio, text : array or curation.embeddings.Embeddings
+        (rows, d) of about unit norm, fp16 or fp32, read as `audio[begin:end]`.
     threshold : float
         Lowest similarity of a pair; infinity finds none and only counts.
     tally : Tally
@@ -95,6 +93,11 @@ def pairs_over(
     axes : torch.Tensor
         (d, k) orthonormal columns: fewer dimensions to multiply in, the same
         pairs. `curation.fastest` chooses these and the precision.
+    rows : tuple of int
+        The audio rows to search, from the first to before the last. None
+        searches all.
+    progress : callable
+        Told the number of audio rows that were read, at each block.
 
     Yields
     ------
@@ -119,21 +122,22 @@ def pairs_over(
         raise ValueError("The threshold is not a number")
     if with_report and axes is not None:
         raise ValueError("A report needs all similarities, axes bound them")
-    tally = Tally(n_text) if tally is None else tally
+    tally = Tally(len(text)) if tally is None else tally
     tally.start(threshold)
-    if not n_audio or not n_text:
+    first, last = (0, len(audio)) if rows is None else rows
+    if first == last or not len(text):
         return
     # A thread begins with the first GPU, whichever is chosen in this one.
     device = torch.empty(0, device=device).device
     kind = device.type
-    width = np.asarray(text_block(0, 1)).shape[1]
+    width = text[:1].shape[1]
     text_bs = _TEXT_ROWS[kind] if text_bs is None else text_bs
     text_bs = min(text_bs, _MAX_ROWS[kind])
     turned = None if axes is None else products.turned_axes(axes).to(device)
 
     def read_text(begin, end):
         rows = products.prepare(
-            text_block(begin, end),
+            text[begin:end],
             begin,
             dtype,
             device,
@@ -143,9 +147,7 @@ def pairs_over(
         )
         if not fits:
             # Reading it again for a few rows costs less than preparing it.
-            rows.exact = lambda: products.on_grid(
-                text_block(begin, end), device
-            )
+            rows.exact = lambda: products.on_grid(text[begin:end], device)
         return rows
 
     def search(vectors, begin, reached):
@@ -167,17 +169,19 @@ def pairs_over(
             dtype.itemsize + 4 * (dtype in products.ROUGH)
         )
     # On the grid a number takes 2 bytes and 4 more as `whole`, or 4 alone.
-    fits = n_text * (6 * width + row_bytes) <= room
-    num_kept = n_text if fits else room // row_bytes
-    texts = _Blocks(read_text, n_text, text_bs, num_kept)
+    fits = len(text) * (6 * width + row_bytes) <= room
+    num_kept = len(text) if fits else room // row_bytes
+    texts = _Blocks(read_text, len(text), text_bs, num_kept)
     scratch, waiting = products.Scratch(), collections.deque()
-    blocks = _even_blocks(n_audio, audio_bs, _MAX_ROWS[kind])
+    blocks = _even_blocks(first, last, audio_bs, _MAX_ROWS[kind])
     with search_threads(device) as (pool, num_threads):
         while True:
             # Enough that none waits while the first is taken.
             free = max(2 * num_threads - len(waiting), 0)
             for begin, end in itertools.islice(blocks, free):
-                vectors = audio_block(begin, end)
+                vectors = audio[begin:end]
+                if progress is not None:
+                    progress(end - begin)
                 reached = tally.highest >= threshold
                 waiting.append(pool.submit(search, vectors, begin, reached))
             if not waiting:
@@ -192,11 +196,11 @@ def pairs_over(
                 waiting.extendleft(reversed(parts))
 
 
-def _even_blocks(count, size, most):
+def _even_blocks(first, last, size, most):
     """Begins and ends of blocks, each cut evenly if it exceeds the most."""
     step = -(-size // -(-size // most))
-    for begin in range(0, count, size):
-        end = min(begin + size, count)
+    for begin in range(first, last, size):
+        end = min(begin + size, last)
         for part in range(begin, end, step):
             yield part, min(part + step, end)
 

@@ -166,15 +166,7 @@ def search(vectors, threshold, tally=None, **kwargs):
     from curation.similarity import pairs_over
 
     audio, text = vectors
-    batches = pairs_over(
-        lambda begin, end: audio[begin:end],
-        len(audio),
-        lambda begin, end: text[begin:end],
-        len(text),
-        threshold,
-        tally,
-        **kwargs,
-    )
+    batches = pairs_over(audio, text, threshold, tally, **kwargs)
     return tuple(np.concatenate(part) for part in zip(*batches))
 
 

@@ -113,7 +113,7 @@ def test_rows_are_the_embeddings_of_their_manifest(
             assert torch.equal(window, centre) and start == line["start"]
             expected = clap.encode_audio(window[None])[0].numpy()
             np.testing.assert_allclose(
-                audio.block(row, row + 1)[0], expected, atol=2e-3
+                audio[row : row + 1][0], expected, atol=2e-3
             )
     skipped = pd.read_csv(save / "audio_audioset_skipped.csv")
     assert skipped["path"].tolist() == [
@@ -128,7 +128,7 @@ def test_rows_are_the_embeddings_of_their_manifest(
         for row, caption in enumerate(CAPTIONS):
             expected = clap.encode_text(tokenize([caption]))[0].numpy()
             np.testing.assert_allclose(
-                text.block(row, row + 1)[0], expected, atol=2e-3
+                text[row : row + 1][0], expected, atol=2e-3
             )
     assert text.info["distinct"] == 4
     assert text.vectors.dtype == audio.vectors.dtype == np.float16
@@ -155,15 +155,13 @@ def test_the_mean_is_that_of_all_windows(embed, monkeypatch):
         )
         for name in ("all", "mean")
     )
-    rows = every.block(0, len(every))
+    rows = every[:]
     paths = every.manifest["wav_path"]
     assert mean.manifest["wav_path"].tolist() == paths.unique().tolist()
     for row, path in enumerate(mean.manifest["wav_path"]):
         expected = rows[paths == path].mean(axis=0)
         expected /= np.linalg.norm(expected)
-        np.testing.assert_allclose(
-            mean.block(row, row + 1)[0], expected, atol=2e-3
-        )
+        np.testing.assert_allclose(mean[row : row + 1][0], expected, atol=2e-3)
     assert paths.duplicated().any()
     # Training may crop anywhere.
     assert mean.manifest[["start", "end"]].isna().all(axis=None)
@@ -473,7 +471,7 @@ def test_a_clip_whose_embedding_is_not_finite_is_skipped(
     )
     save = embed(text_pathfile=None)
     store = open_embeddings(save, "audio_audioset", "wav_path")
-    assert len(store) == 37 and np.isfinite(store.block(0, 37)).all()
+    assert len(store) == 37 and np.isfinite(store[:]).all()
     skipped = pd.read_csv(save / "audio_audioset_skipped.csv")
     assert skipped["path"][0] == str(world / "3, $x.wav")
     assert "not finite" in skipped["reason"][0]
@@ -734,7 +732,7 @@ def test_stores_of_other_programs_are_normalised(tmp_path, caplog):
     store = open_embeddings(tmp_path, "x", "wav_path")
     assert "no record" in caplog.text
     expected = np.array([[0.6, 0.8], [0, 0], [0.6, 0.8]], np.float32)
-    np.testing.assert_allclose(store.block(0, 3), expected, atol=1e-6)
+    np.testing.assert_allclose(store[:3], expected, atol=1e-6)
 
 
 @pytest.fixture

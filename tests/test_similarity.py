@@ -74,15 +74,7 @@ def low_rank(vectors, count=8, scale=0.1):
 
 
 def fastest_of(vectors, threshold, **kwargs):
-    audio, text = vectors
-    return fastest.fastest_product(
-        lambda begin, end: audio[begin:end],
-        len(audio),
-        lambda begin, end: text[begin:end],
-        len(text),
-        threshold,
-        **kwargs,
-    )
+    return fastest.fastest_product(*vectors, threshold, **kwargs)
 
 
 @pytest.fixture
@@ -386,13 +378,9 @@ def test_many_pairs_come_in_parts(vectors, naive, monkeypatch, precision):
     expected, tally = Tally(200), Tally(200)
     search(vectors, 0.1, expected, with_report=True, precision=precision)
     monkeypatch.setattr(similarity, "_MAX_PAIRS", 500)
-    audio, text = vectors
     batches = list(
         pairs_over(
-            lambda begin, end: audio[begin:end],
-            300,
-            lambda begin, end: text[begin:end],
-            200,
+            *vectors,
             0.1,
             tally,
             with_report=True,
@@ -411,6 +399,20 @@ def test_many_pairs_come_in_parts(vectors, naive, monkeypatch, precision):
     for name, counts in expected.curves().items():
         found = tally.curves()[name]
         np.testing.assert_array_equal(found[start:], counts[start:])
+
+
+class Noted:
+    """Vectors, and which rows of them are read by which thread."""
+
+    def __init__(self, vectors):
+        self.vectors, self.reads = vectors, []
+
+    def __len__(self):
+        return len(self.vectors)
+
+    def __getitem__(self, rows):
+        self.reads.append((rows.start, rows.stop, threading.current_thread()))
+        return self.vectors[rows]
 
 
 @pytest.fixture(params=[2, 3, 20])
@@ -466,18 +468,30 @@ def test_threads_find_the_same_in_the_same_order(
         found = together.curves()[name]
         np.testing.assert_array_equal(found[start:], counts[start:])
     # The rows of audio are those that one thread reads.
-    begins = []
-
-    def audio_block(begin, end):
-        begins.append((begin, end, threading.current_thread()))
-        return vectors[0][begin:end]
-
-    pairs = pairs_over(
-        audio_block, 300, lambda b, e: vectors[1][b:e], 200, 0.1, **sizes
-    )
+    audio, counts = Noted(vectors[0]), []
+    pairs = pairs_over(audio, vectors[1], 0.1, progress=counts.append, **sizes)
     assert max(len(batch[0]) for batch in pairs) <= 500
     rows = [(i, min(i + 40, 300)) for i in range(0, 300, 40)]
-    assert begins == [(*ends, threading.current_thread()) for ends in rows]
+    assert audio.reads == [(*r, threading.current_thread()) for r in rows]
+    assert counts == [end - begin for begin, end in rows]
+
+
+@pytest.mark.parametrize("rows", [(0, 90), (90, 250), (299, 300), (40, 40)])
+def test_a_part_of_the_rows_has_its_own_pairs(vectors, naive, rows):
+    """As processes share them; numbers are those of all rows."""
+    sizes = {"audio_bs": 40, "text_bs": 50}
+    batches = list(pairs_over(*vectors, 0.1, rows=rows, **sizes))
+    inside = np.zeros_like(naive)
+    inside[slice(*rows)] = naive[slice(*rows)]
+    if rows[0] == rows[1]:
+        assert batches == []
+        return
+    found = tuple(np.concatenate(part) for part in zip(*batches))
+    assert_pairs(found, inside, 0.1)
+    broken = vectors[0].copy()
+    broken[rows[1] - 1, 3] = np.nan
+    with pytest.raises(ValueError, match=f"of row {rows[1] - 1} "):
+        list(pairs_over(broken, vectors[1], 0.1, rows=rows, **sizes))
 
 
 def test_threads_prepare_what_is_kept_once(vectors, threads, monkeypatch):
@@ -496,18 +510,11 @@ def test_threads_prepare_what_is_kept_once(vectors, threads, monkeypatch):
 
 
 def test_a_search_may_end_early(vectors, threads):
-    audio, begins = vectors[0].copy(), []
-    audio[170, 3] = np.nan
-
-    def audio_block(begin, end):
-        begins.append(begin)
-        return audio[begin:end]
+    audio = Noted(vectors[0].copy())
+    audio.vectors[170, 3] = np.nan
 
     def pairs():
-        return pairs_over(
-            audio_block, 300, lambda b, e: vectors[1][b:e], 200, 0.5,
-            audio_bs=10,
-        )  # fmt: skip
+        return pairs_over(audio, vectors[1], 0.5, audio_bs=10)
 
     # What comes before the error is not lost.
     found = []
@@ -515,10 +522,10 @@ def test_a_search_may_end_early(vectors, threads):
         for batch in pairs():
             found.append(batch)
     assert len(found) == 17
-    begins.clear()
+    audio.reads.clear()
     with contextlib.closing(pairs()) as batches:
         next(batches)
-    assert len(begins) <= 2 * min(threads, 8)
+    assert len(audio.reads) <= 2 * min(threads, 8)
 
 
 @pytest.mark.parametrize("count, size, most, expected", [
@@ -529,7 +536,9 @@ def test_a_search_may_end_early(vectors, threads):
     (0, 4, 4, []),
 ])  # fmt: skip
 def test_blocks_are_cut_evenly(count, size, most, expected):
-    assert list(similarity._even_blocks(count, size, most)) == expected
+    for first in (0, 7):
+        blocks = similarity._even_blocks(first, first + count, size, most)
+        assert [(b - first, e - first) for b, e in blocks] == expected
 
 
 @pytest.mark.parametrize("room, expected", [
@@ -567,8 +576,7 @@ def naive_curves(values, edges):
 def test_curves_of_fp32_are_those_of_a_naive_product(naive, vectors, threshold):
     tally = Tally(200)
     pairs = pairs_over(
-        lambda b, e: vectors[0][b:e], 300, lambda b, e: vectors[1][b:e], 200,
-        threshold, tally, True, 64, 33, precision="fp32",
+        *vectors, threshold, tally, True, 64, 33, precision="fp32"
     )  # fmt: skip
     assert sum(len(p[0]) for p in pairs) == (naive >= threshold).sum()
     curves, zero = tally.curves(), 100
@@ -718,11 +726,17 @@ def test_zero_vectors_and_nothing_at_all(vectors, precision):
     found = search((vectors[0], zero), 0.1, precision=precision)
     assert len(found[0]) == 0
     for audio, text in ((zero[:0], zero), (zero, zero[:0])):
-        batches = pairs_over(
-            lambda b, e, a=audio: a[b:e], len(audio),
-            lambda b, e, t=text: t[b:e], len(text), 0.5,
-        )  # fmt: skip
-        assert list(batches) == []
+        assert list(pairs_over(audio, text, 0.5)) == []
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_vectors_of_one_number(precision):
+    """PyTorch's product of such int8 numbers is wrong."""
+    rng = np.random.default_rng(0)
+    vectors = [rng.choice([-1.0, 0.5, 1.0], (n, 1)) for n in (50, 20)]
+    vectors = [v.astype(np.float16) for v in vectors]
+    naive = vectors[0].astype(np.float64) @ vectors[1].T.astype(np.float64)
+    assert_pairs(search(vectors, 0.5, precision=precision), naive, 0.5)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3.0])
