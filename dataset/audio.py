@@ -33,6 +33,8 @@ NEAREST_KERNEL = 2**20
 # Integers of 32 bits that someone stored as floats are still taken. Beyond,
 # spectrograms overflow.
 LOUDEST = 2.0**31
+# libsndfile's SF_COUNT_MAX: so many frames has what does not tell its length.
+_ENDLESS = 2**63 - 1
 
 
 class AudioError(Exception):
@@ -54,7 +56,8 @@ def open_audio(path):
     Raises
     ------
     AudioError
-        The file is missing, is not audio, or holds no samples.
+        The file is missing, is not audio, holds no samples, or does not tell
+        its length.
     """
     try:
         file = soundfile.SoundFile(path)
@@ -63,6 +66,12 @@ def open_audio(path):
     if file.frames <= 0:
         file.close()
         raise AudioError("holds no samples")
+    if file.frames == _ENDLESS:
+        file.close()
+        raise AudioError(
+            "does not tell its length, like FLAC that was written to a pipe: "
+            "write it to a file anew"
+        )
     return file
 
 

@@ -19,6 +19,7 @@ from dataset.audio import (
     Resampler,
     nearest_ratio,
     open_audio,
+    probe_seconds,
     read_samples,
 )
 
@@ -205,6 +206,18 @@ def test_the_reason_why_a_file_cannot_be_opened(tmp_path):
     ):
         with pytest.raises(AudioError, match=reason):
             open_audio(str(tmp_path / name))
+
+
+def test_flac_of_unknown_length(tmp_path):
+    """As it is written to a pipe: its header counts 0 samples, in 36 bits."""
+    path = tmp_path / "a.flac"
+    write_noise(path, 1.0, 16000)
+    header = bytearray(path.read_bytes())
+    header[21:26] = bytes([header[21] & 0xF0, 0, 0, 0, 0])
+    path.write_bytes(header)
+    for look in (open_audio, probe_seconds, AudioReader(16000, 1.0).starts):
+        with pytest.raises(AudioError, match="does not tell its length"):
+            look(str(path))
 
 
 def test_truncated_flac(tmp_path):
