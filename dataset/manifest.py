@@ -6,6 +6,7 @@ and never through SpeechBrain's CSV reader, which takes every `$word` in a cell
 for a variable to substitute.
 """
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -38,13 +39,15 @@ def read_pairs(path, flag, audio_folder=None):
     -------
     pandas.DataFrame
         `ID`, `wav_path` (absolute) and `caption` first; `start` and `end`, if
-        there, as float seconds (NaN where empty); every other cell as text.
+        there, as float seconds (NaN where empty, but `start` 0 where there is
+        only `end`); every other cell as text.
 
     Raises
     ------
     ValueError
         The file cannot be read, has no rows, lacks a column, or has an empty
-        path or a time that is no number; the message names the first row.
+        path, a time that is no number or negative, or an end before its start;
+        the message names the first row.
     """
     try:
         frame = read_table(path, ["wav_path", "caption"])
@@ -56,15 +59,7 @@ def read_pairs(path, flag, audio_folder=None):
     if len(empty):
         # Row 1 is the header, as a spreadsheet counts.
         raise ValueError(f"--{flag}={path}: row {empty[0] + 2} has no wav_path")
-    for name in frame.columns.intersection(["start", "end"]):
-        seconds = pd.to_numeric(frame[name], errors="coerce")
-        wrong = frame.index[seconds.isna() & (frame[name].str.strip() != "")]
-        if len(wrong):
-            raise ValueError(
-                f"--{flag}={path}: row {wrong[0] + 2} has the {name} "
-                f"'{frame[name][wrong[0]]}', which is no number of seconds"
-            )
-        frame[name] = seconds
+    _read_times(frame, f"--{flag}={path}")
     if "ID" not in frame:
         frame["ID"] = [str(i) for i in range(len(frame))]
     folder = os.path.abspath(audio_folder or os.path.dirname(path) or ".")
@@ -74,6 +69,33 @@ def read_pairs(path, flag, audio_folder=None):
     ]
     first = ["ID", "wav_path", "caption"]
     return frame[first + [c for c in frame.columns if c not in first]]
+
+
+def _read_times(frame, source):
+    """Make seconds of the texts of `start` and `end`, where these are there."""
+    for name in frame.columns.intersection(["start", "end"]):
+        seconds = pd.to_numeric(frame[name], errors="coerce")
+        is_time = seconds.between(0, math.inf, inclusive="left")
+        wrong = frame.index[~is_time & (frame[name].str.strip() != "")]
+        if len(wrong):
+            raise ValueError(
+                f"{source}: row {wrong[0] + 2} has the {name} "
+                f"'{frame[name][wrong[0]]}', which is no number of seconds "
+                "from 0 on"
+            )
+        frame[name] = seconds
+    if "end" not in frame:
+        return
+    if "start" not in frame:
+        frame["start"] = math.nan
+    frame.loc[frame["start"].isna() & frame["end"].notna(), "start"] = 0.0
+    wrong = frame.index[frame["end"] < frame["start"]]
+    if len(wrong):
+        start, end = frame.loc[wrong[0], ["start", "end"]]
+        raise ValueError(
+            f"{source}: row {wrong[0] + 2} has the end {end}, before its "
+            f"start {start}"
+        )
 
 
 def probe_audio(paths):
