@@ -141,8 +141,8 @@ def prepare_captions(
         used, clips `missing` and `unreadable`, captions dropped as empty
         (`no_caption`) or `duplicates`, and captions `held_out`. "train",
         "valid" and perhaps "curated": `clips`, `captions` and `hours`, and
-        of "curated" the captions left out since their recording is
-        `validated` on.
+        of "curated" clips `missing` and `unreadable`, captions `no_caption`,
+        and those left out since their recording is `validated` on.
 
     Raises
     ------
@@ -193,7 +193,7 @@ def prepare_captions(
     seconds, failed = _probe(wanted)
     skipped = dict(failed)
     if curated is not None:
-        curated, gone = _usable(curated)
+        curated, gone, lost = _usable(curated)
         skipped |= gone
     os.makedirs(save_folder, exist_ok=True)
     write_csv(
@@ -224,8 +224,8 @@ def prepare_captions(
         _check_curated(curated, gone, max_bad_audio, skipped_csv)
         kept = _not_validated(curated, valid)
         write_csv(kept, os.path.join(save_folder, "curated_raw.csv"))
-        counts["curated"] = _totals(kept)
-        counts["curated"]["validated"] = len(curated) - len(kept)
+        validated = len(curated) - len(kept)
+        counts["curated"] = {**_totals(kept), **lost, "validated": validated}
     _log_counts(counts, skipped_csv)
     write_json({"arguments": arguments, "data": data, "counts": counts}, record)
     return counts
@@ -866,10 +866,24 @@ def _read_curated(curation_csv, data_curation_folder):
 
 
 def _usable(pairs):
-    """The pairs that can be used, and reasons why other audio cannot."""
-    seconds, failed = probe_audio(pairs["wav_path"])
+    """The curated pairs that can be used, and what is lost.
+
+    Returns
+    -------
+    tuple
+        The pairs, a dict path -> reason of the audio that cannot be used, and
+        counts of it and of the captions that are empty.
+    """
+    has_caption = pairs["caption"] != ""
+    seconds, failed = probe_audio(pairs["wav_path"][has_caption])
     pairs["duration"] = pairs["wav_path"].map(seconds)
-    return pairs[pairs["duration"].notna() & (pairs["caption"] != "")], failed
+    missing = list(failed.values()).count("missing")
+    lost = {
+        "missing": missing,
+        "unreadable": len(failed) - missing,
+        "no_caption": int((~has_caption).sum()),
+    }
+    return pairs[has_caption & pairs["duration"].notna()], failed, lost
 
 
 def _check_curated(curated, gone, max_bad_audio, skipped_csv):
@@ -941,7 +955,8 @@ def _log_counts(counts, skipped_csv):
             dataset,
             *(count[key] for key in keys),
         )
-    totals = counts["datasets"].values()
+    curated = counts.get("curated")
+    totals = [*counts["datasets"].values(), *([curated] if curated else [])]
     missing = sum(count["missing"] for count in totals)
     unreadable = sum(count["unreadable"] for count in totals)
     if missing or unreadable:
@@ -951,15 +966,18 @@ def _log_counts(counts, skipped_csv):
             unreadable,
             skipped_csv,
         )
-    if "curated" in counts:
+    if curated:
+        keys = ("captions", "clips", "hours")
+        keys += ("missing", "unreadable", "no_caption")
         logger.info(
-            "Curated: %d captions of %d clips (%.2f h)",
-            *(counts["curated"][k] for k in ("captions", "clips", "hours")),
+            "Curated: %d captions of %d clips (%.2f h); %d clips missing, %d "
+            "unreadable; %d captions empty",
+            *(curated[key] for key in keys),
         )
         logger.info(
             "%d curated captions are left out: their recordings are validated "
             "on",
-            counts["curated"]["validated"],
+            curated["validated"],
         )
     logger.info(
         "Split by recording: %d captions of %d clips (%.2f h) to train on, "

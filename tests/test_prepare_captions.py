@@ -986,6 +986,47 @@ def test_curated_pairs_are_kept_whole(tmp_path, save):
     ]
 
 
+def test_curated_pairs_that_cannot_be_used_are_counted(tmp_path, save, caplog):
+    caplog.set_level(logging.INFO)
+    ready = ready_csv(tmp_path, clips=4)
+    names = [f"{i}.wav" for i in range(7)]
+    for name in names[:5]:
+        wav(tmp_path / name)
+    text(tmp_path / "5.wav", "no audio")
+    path = curation_csv(tmp_path, [*names, "6.wav"])
+    # A clip with a caption in one row only, and clips without any.
+    rows = "x,0.wav, ,0.8,1.5\nx,4.wav,,0.8,1.5\nx,gone.wav,,0.8,1.5\n"
+    text(path, path.read_text().replace("4.wav,a sound", "4.wav,") + rows)
+
+    def prepare():
+        return prepare_captions(
+            save, train_csv_path=ready, curation_csv=path, max_bad_audio=0.5
+        )
+
+    hours = round(0.4 / 3600, 4)
+    lost = {"missing": 1, "unreadable": 1, "no_caption": 4, "validated": 0}
+    expected = {"clips": 4, "captions": 4, "hours": hours, **lost}
+    assert prepare()["curated"] == expected
+    assert len(read(save / "curated_raw.csv")) == 4
+    assert list(skipped(save)) == [str(tmp_path / n) for n in names[5:]]
+    for times in (1, 2):
+        assert (
+            caplog.text.count(
+                "4 captions of 4 clips (0.00 h); 1 clips "
+                "missing, 1 unreadable; 4 captions empty"
+            )
+            == times
+        )
+        assert (
+            caplog.text.count(
+                "1 audio files are missing and 1 unreadable: "
+                f"see {save}/skipped_audio.csv"
+            )
+            == times
+        )
+        prepare()
+
+
 def test_curated_pairs_of_the_validation_set_are_left_out(
     tmp_path, save, caplog
 ):
