@@ -521,9 +521,16 @@ def _recognise(folder, name):
 
 
 def _peek_header(path):
-    """Column names of a CSV that may be anyone's: in any encoding, any size."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        return file.readline(1000).replace('"', "").strip().split(",")
+    """Column names of a CSV that may be anyone's: in any encoding, any size.
+
+    None of one that cannot be opened, as a link to nowhere.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            return file.readline(1000).replace('"', "").strip().split(",")
+    except OSError as error:
+        logger.warning("Left out, cannot be read: %s", error)
+        return []
 
 
 def _collect(data_annot_folder, train_csv_path, official_test_splits):

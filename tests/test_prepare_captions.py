@@ -445,6 +445,18 @@ def test_links_to_folders_are_followed_without_going_round(
     assert pairs(save) == [("audiocaps", path, "x")]
 
 
+def test_a_csv_that_cannot_be_opened_is_warned_of(data, save, caplog):
+    spare(data)
+    text(data / "train.csv", HEADER + "1,aaaaaaaaaaa,30,x\n")
+    path = wav(data / "aaaaaaaaaaa.wav")
+    (data / "gone.csv").symlink_to(data / "nowhere")
+    prepare_captions(save, data)
+    assert pairs(save) == [("audiocaps", path, "x")]
+    [warning] = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert "Left out, cannot be read: " in warning.getMessage()
+    assert str(data / "gone.csv") in warning.getMessage()
+
+
 def test_the_tree_is_listed_once(data, save, monkeypatch):
     text(data / "a/train.csv", HEADER + "1,aaaaaaaaaaa,30,x\n")
     clotho(data / "b", "development", ["d.wav"])
