@@ -82,6 +82,8 @@ HTML_LINK = re.compile(
 HTML_BREAK = re.compile(r"</?(?:br|p|div|ul|ol|li)\b[^>]*>", re.I)
 # A letter must follow, so that "5 < 6 and 7 > 6" stays whole.
 HTML_TAG = re.compile(r"</?[a-z][^>]*>", re.I)
+# JSON may hold half of a pair, where a text was cut; no file can.
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def prepare_captions(
@@ -698,6 +700,7 @@ def _plain_text(text):
     text = HTML_BREAK.sub(" ", HTML_LINK.sub(" ", text))
     # Entities come last: what "&lt;" stands for opens no tag.
     text = html.unescape(HTML_TAG.sub("", text))
+    text = LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
     return " ".join(text.split())
 
 

@@ -309,6 +309,16 @@ def test_fsd50k_title_and_description(data, save, metadata):
     assert skipped(save) == {"FSD50K.dev_audio/6.wav": "missing"}
 
 
+def test_half_of_a_surrogate_pair_is_replaced(data, save):
+    """As where a text was cut within an emoji."""
+    spare(data)
+    fsd50k(data, "dev", {"1": ("rain \ud83d", "\ude00on \U0001f327")})
+    path = wav(data / "FSD50K.dev_audio/1.wav")
+    prepare_captions(save, data)
+    caption = "rain \ufffd. \ufffdon \U0001f327"
+    assert pairs(save) == [("fsd50k", path, caption)]
+
+
 def test_fsd50k_title_keeps_a_dot_that_is_no_ending(data, save):
     spare(data)
     fsd50k(data, "dev", {"6": ("v1.5 take", "two")})
