@@ -114,7 +114,7 @@ def prepare_captions(
         Folder of the four files; made if absent.
     data_annot_folder : str
         Folder that holds AudioCaps, Clotho, MACS, FSD50K or `*_index.tsv`
-        files, annotations and audio, at any depth.
+        files, annotations (not hidden) and audio, at any depth.
     train_csv_path : str
         A ready CSV with `wav_path` and `caption`, used besides the folder.
     valid_pct : float
@@ -502,7 +502,13 @@ def _top(annotation):
 
 
 def _recognise(folder, name):
-    """Data set that a file annotates, or None."""
+    """Data set that a file annotates, or None; hidden files are none's.
+
+    On disks of other systems macOS puts a file of attributes, `._x_index.tsv`,
+    beside each.
+    """
+    if name.startswith("."):
+        return None
     if CLOTHO_NAME.fullmatch(name):
         return "clotho"
     if name == "MACS.yaml":

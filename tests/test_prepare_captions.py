@@ -467,6 +467,21 @@ def test_a_csv_that_cannot_be_opened_is_warned_of(data, save, caplog):
     assert str(data / "gone.csv") in warning.getMessage()
 
 
+def test_hidden_files_are_no_annotations(data, save):
+    """On disks of other systems macOS puts a file ._x beside each x."""
+    for name in ("birds_index.tsv", "train.csv"):
+        attributes = b"\0\5\x16\7\0\2\0\0Mac OS X\xff\xfe"
+        (data / f"._{name}").write_bytes(attributes + b"\n,audiocap_id\n")
+    (data / ".train.csv").write_text(HEADER + "1,a,30\n")
+    (data / ".#train.csv").symlink_to(data / "lock")
+    with pytest.raises(ValueError, match="nothing recognised"):
+        prepare_captions(save, data)
+    text(data / "birds_index.tsv", "a.wav\tx\n.b.wav\ty\n")
+    paths = [wav(data / name) for name in ("a.wav", ".b.wav")]
+    prepare_captions(save, data)
+    assert [path for _, path, _ in pairs(save)] == sorted(paths)
+
+
 def test_the_tree_is_listed_once(data, save, monkeypatch):
     text(data / "a/train.csv", HEADER + "1,aaaaaaaaaaa,30,x\n")
     clotho(data / "b", "development", ["d.wav"])
