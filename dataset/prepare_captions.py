@@ -304,7 +304,7 @@ def _earlier_counts(save_folder, arguments, data):
     }
     if has_begun:
         # These do not change which pairs there are.
-        moved = _PLACES if earlier.get("data") == data else ()
+        moved = _PLACES if earlier["data"] == data else ()
         for flag in ("max_bad_audio", *moved):
             changed.pop(flag, None)
         if changed:
@@ -327,9 +327,6 @@ def _earlier_counts(save_folder, arguments, data):
             )
             return None
     counts = earlier["counts"]
-    if "data" not in earlier:
-        # Of an earlier version: its run goes on with what it has.
-        return counts
     skipped_csv = os.path.join(save_folder, "skipped_audio.csv")
     changed = _changes_of_data(earlier["data"], data, skipped_csv)
     if not changed:

@@ -873,17 +873,6 @@ def test_changed_data_is_prepared_again_but_not_beside_checkpoints(
         assert re.search(f"prepared again: {named}", caplog.text)
 
 
-def test_a_run_of_an_earlier_version_goes_on(tmp_path, save):
-    ready = ready_csv(tmp_path, clips=4)
-    prepare_captions(save, train_csv_path=ready)
-    record = json.loads((save / "prepare.json").read_text())
-    del record["data"]
-    (save / "prepare.json").write_text(json.dumps(record))
-    text(save / "train_raw.csv", "left alone")
-    prepare_captions(save, train_csv_path=ready)
-    assert (save / "train_raw.csv").read_text() == "left alone"
-
-
 def test_other_arguments_prepare_again(tmp_path, save, caplog):
     ready = ready_csv(tmp_path, clips=4)
     prepare_captions(save, train_csv_path=ready)
