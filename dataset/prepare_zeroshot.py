@@ -184,7 +184,7 @@ def read_labels(path):
     ------
     ValueError
         The file cannot be read, has no column `label`, no rows, an empty
-        cell, or a class twice.
+        cell, or a class or a text twice.
     """
     table = read_table(path, ["label"])
     if "text" not in table:
@@ -200,6 +200,15 @@ def read_labels(path):
         raise ValueError(
             f"{path}: row {again.argmax() + 2} lists the class "
             f"'{labels['label'][again.argmax()]}' again"
+        )
+    again = labels["text"].duplicated()
+    if again.any():
+        label, text = labels.loc[again.argmax()]
+        first = labels["label"][labels["text"] == text].iloc[0]
+        raise ValueError(
+            f"{path}: row {again.argmax() + 2}: the class '{label}' has the "
+            f"text of '{first}', '{text}', and would never be guessed; give "
+            "each its own"
         )
     return labels
 

@@ -152,6 +152,11 @@ def test_text_is_the_label_with_spaces_where_there_is_none(tmp_path):
         ("label,text\n", "lists no classes"),
         ("label,text\ndog,dog\ncat,\n", "row 3 has an empty cell"),
         ("label\ndog\ncat\ndog\n", "row 4 lists the class 'dog' again"),
+        (
+            "label,text\nhound,dog\ncat,cat\npuppy,dog\n",
+            "row 4: the class 'puppy' has the text of 'hound', 'dog'",
+        ),
+        ("label\nold_bell\nold bell\n", "'old bell' has the text of 'old_b"),
     ],
 )
 def test_broken_class_list(tmp_path, content, message):
