@@ -251,10 +251,16 @@ def _read_tut(data_folder, part):
     for one in parts:
         if os.path.basename(data_folder) == TUT_FOLDER.format(one):
             return _read_tut_part(data_folder, one)
+    remedy = ""
+    if part == "both":
+        remedy = (
+            ". For the other part alone give its own folder (or --tut_part, "
+            "where there is that flag)"
+        )
     tables = []
     for one in parts:
         name = TUT_FOLDER.format(one)
-        root = os.path.join(_find_root(data_folder, name), name)
+        root = os.path.join(_find_root(data_folder, name, remedy), name)
         tables.append(_read_tut_part(root, one))
     return pd.concat(tables, ignore_index=True)
 
@@ -303,7 +309,7 @@ def _read_scenes(path):
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def _find_root(data_folder, name):
+def _find_root(data_folder, name, remedy=""):
     """The folder that holds `name`: the given one or the one below it."""
     below = sorted(e.path for e in os.scandir(data_folder) if e.is_dir())
     roots = [
@@ -314,7 +320,7 @@ def _find_root(data_folder, name):
     if not roots:
         raise FileNotFoundError(
             f"The folder {data_folder} holds no {name}; looked there and in "
-            "the folders below it"
+            f"the folders below it{remedy}"
         )
     if roots[0] != data_folder and len(roots) > 1:
         raise ValueError(

@@ -253,6 +253,18 @@ def test_tut_parts(tut):
         ids(evaluation, "development")
 
 
+@pytest.mark.parametrize("lacking", ["development", "evaluation"])
+def test_a_tut_part_alone_is_to_be_given_itself(tut, lacking):
+    name = f"TUT-acoustic-scenes-2017-{lacking}"
+    (tut / name).rename(tut / "elsewhere")
+    with pytest.raises(FileNotFoundError) as error:
+        prepare_zeroshot("tut", str(tut))
+    assert f"holds no {name}" in str(error.value)
+    assert "For the other part alone give its own folder" in str(error.value)
+    with pytest.raises(FileNotFoundError, match="folders below it$"):
+        prepare_zeroshot("tut", str(tut), tut_part=lacking)
+
+
 def test_a_single_fold_is_a_list_of_one(tut):
     data = prepare_zeroshot("tut", str(tut))
     for fold, ID in (("development", "development/b1"), (3, "development/a1")):
