@@ -34,6 +34,8 @@ BUILT_IN_LABELS = {
     "us8k": os.path.join(LABELS_FOLDER, "us8k.csv"),
     "tut": os.path.join(LABELS_FOLDER, "tut17.csv"),
 }
+DATASET_FLAGS = "--dataset (--zs_dataset in training)"
+FOLDER_FLAGS = "--data_folder (--data_zs_folder in training)"
 LABELS_FLAGS = "--labels_path (--zs_labels_path in training)"
 TUT_FOLDER = "TUT-acoustic-scenes-2017-{}"
 TUT_PARTS = ("development", "evaluation")
@@ -137,7 +139,9 @@ def prepare_zeroshot(
         "tut": functools.partial(_read_tut, part=tut_part),
     }
     if dataset not in readers:
-        raise ValueError(f"dataset is '{dataset}': give {', '.join(readers)}")
+        raise ValueError(
+            f"{DATASET_FLAGS} is '{dataset}': give {', '.join(readers)}"
+        )
     if esc10 and dataset != "esc":
         raise ValueError(f"esc10 selects clips of ESC-50, not of '{dataset}'")
     if tut_part not in (*TUT_PARTS, "both"):
@@ -146,7 +150,7 @@ def prepare_zeroshot(
         )
     if not data_folder or not os.path.isdir(data_folder):
         raise FileNotFoundError(
-            f"--data_folder={data_folder or ''} is not a folder that exists"
+            f"{FOLDER_FLAGS} is '{data_folder or ''}', not a folder that exists"
         )
     labels_path = labels_path or BUILT_IN_LABELS[dataset]
     labels = read_labels(labels_path)

@@ -404,14 +404,18 @@ def test_folder_without_the_data_set(tmp_path, dataset, looked_for):
 
 @pytest.mark.parametrize("folder", [None, "", "/does/not/exist"])
 def test_folder_that_does_not_exist(folder):
-    with pytest.raises(FileNotFoundError, match="--data_folder="):
+    flags = r"^--data_folder \(--data_zs_folder in training\) is "
+    with pytest.raises(FileNotFoundError, match=f"{flags}'{folder or ''}'"):
         prepare_zeroshot("esc", folder)
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"dataset": "esc50"}, "give esc, us8k, tut"),
+        (
+            {"dataset": "esc50"},
+            r"^--dataset \(--zs_dataset in training\) is 'esc50': give esc, us",
+        ),
         ({"dataset": "tut", "tut_part": "test"}, "tut_part is 'test'"),
         ({"dataset": "us8k", "esc10": True}, "esc10 selects"),
     ],
