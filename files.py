@@ -89,15 +89,17 @@ def read_table(path, columns=()):
             has_quotes = any(b'"' in piece for piece in pieces)
         with open(path, encoding="utf-8-sig", newline="") as file:
             names = _checked_header(file, has_quotes)
-        table = pa.csv.read_csv(
-            path,
-            # In several threads its errors do not name the row.
-            pa.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
-            pa.csv.ParseOptions(newlines_in_values=True),
-            pa.csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.string())
-            ),
-        )
+        # Opened here: pyarrow takes a "~" in a path for the home folder.
+        with open(path, "rb") as file:
+            table = pa.csv.read_csv(
+                file,
+                # In several threads its errors do not name the row.
+                pa.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
+                pa.csv.ParseOptions(newlines_in_values=True),
+                pa.csv.ConvertOptions(
+                    column_types=dict.fromkeys(names, pa.string())
+                ),
+            )
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     lacking = [column for column in columns if column not in names]

@@ -53,6 +53,14 @@ def test_lines_before_the_header_may_be_blank(tmp_path, cell):
     assert read_table(tmp_path / "a")["caption"].tolist() == ["rain"]
 
 
+@pytest.mark.parametrize("folder", ["~", "file:"])
+def test_a_path_is_a_path(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "a.csv").write_text("caption\nrain\n")
+    assert read_table(f"{folder}/a.csv")["caption"].tolist() == ["rain"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
