@@ -88,7 +88,7 @@ def read_table(path, columns=()):
             pieces = iter(functools.partial(file.read, _BLOCK_BYTES), b"")
             has_quotes = any(b'"' in piece for piece in pieces)
         with open(path, encoding="utf-8-sig", newline="") as file:
-            names = _checked_header(file, has_quotes)
+            names = _checked_header(file, columns, has_quotes)
         # Opened here: pyarrow takes a "~" in a path for the home folder.
         with open(path, "rb") as file:
             table = pa.csv.read_csv(
@@ -102,34 +102,47 @@ def read_table(path, columns=()):
             )
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    lacking = [column for column in columns if column not in names]
-    if lacking:
-        raise ValueError(
-            f"{path} lacks the column(s) {', '.join(lacking)}; its header is "
-            f"{','.join(names)}"
-        )
-    if len(set(names)) < len(names):
-        raise ValueError(f"{path} has two columns of one name: {names}")
     return table.to_pandas()
 
 
-def _checked_header(file, has_quotes):
+def _checked_header(file, columns, has_quotes):
     """Names of the columns of an open CSV file, whose quotes are all closed.
 
     pyarrow takes one that is left open for a cell that ends with the file, and
-    so for all rows behind it.
+    so for all rows behind it. Columns come first: where another mark separates
+    them, rows are wrong in many ways.
     """
     names, row = [], 1
     try:
         for cells in csv.reader(file, strict=True):
-            names, row = names or cells, row + 1
+            if cells and not names:
+                names = cells
+                _check_columns(names, columns)
+            row += 1
             if names and not has_quotes:
                 break
     except csv.Error as error:
         raise ValueError(
             f"Row #{row}: {error}; is a quote left open?"
         ) from error
+    if not names:
+        raise ValueError("Empty CSV file")
     return names
+
+
+def _check_columns(names, columns):
+    """Raise if a column is not there, or two are of one name."""
+    lacking = [column for column in columns if column not in names]
+    if lacking:
+        remedy = ""
+        if len(names) == 1 and (";" in names[0] or "\t" in names[0]):
+            remedy = "; separate columns by commas"
+        raise ValueError(
+            f"it lacks the column(s) {', '.join(lacking)}; its header is "
+            f"{','.join(names)}{remedy}"
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"it has two columns of one name: {names}")
 
 
 def read_lines(path):

@@ -74,6 +74,10 @@ def test_a_path_is_a_path(tmp_path, monkeypatch, folder):
         (b"", "Empty CSV"),
         (b"ID,caption\n1,caf\xe9\n", "cannot be read: .*(utf|UTF)"),
         (b"ID,text\n1,rain\n", r"lacks the column.*caption; its header is ID,"),
+        (b"ID;caption\n1;a, b\n", "is ID;caption; separate columns by commas$"),
+        (b'ID;caption\n"1";"rain"\n', "; separate columns by commas$"),
+        (b"ID\tcaption\n1\train\n", "; separate columns by commas$"),
+        (b"ID\n1\n", "its header is ID$"),
         (b"caption,caption\nrain,hail\n", "two columns of one name"),
     ],
 )
