@@ -1,7 +1,6 @@
 """Zero-shot evaluation by the real command line, against plain loops."""
 
 import json
-import pathlib
 import re
 import textwrap
 
@@ -11,7 +10,14 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from conftest import NETWORK, PITCHES, torchrun, write_esc_layout, write_tone
+from conftest import (
+    NETWORK,
+    PITCHES,
+    ROOT,
+    torchrun,
+    write_esc_layout,
+    write_tone,
+)
 
 import microsoft_zeroshot
 from dataset.text import CaptionTokenizer
@@ -27,7 +33,6 @@ from models.zeroshot import (
     prompted,
 )
 
-ROOT = pathlib.Path(__file__).parents[1]
 PROMPT = "this is a sound of "
 
 
