@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 # any work starts, but for these outputs.
 _PATH_SUFFIXES = ("_path", "_pathfile", "_csv", "_dir", "_folder")
 _OUTPUTS = ("output_folder", "save_folder")
+# Texts that mean nothing: YAML's, and Python's.
+_NULLS = ("", "~", "null", "Null", "NULL", "None")
 
 
 def start(argv, keeps_memory=True):
@@ -295,10 +297,12 @@ def parse_arguments(argv):
             )
         if key in run_opts or key in overrides:
             raise SystemExit(f"--{key} is given twice")
-        text, value = value, _parse_value(key, value)
+        text = _at_home(key, value)
+        value = _parse_value(key, text)
         is_text = isinstance(defaults.get(key), str) or _is_path(key)
-        if is_text and isinstance(value, bool | int | float):
-            value = text  # the experiment 007 is not the experiment 7
+        if is_text and isinstance(value, bool | int | float | dict):
+            # The experiment 007 is not the experiment 7, and {} is a prompt.
+            value = text
         if value is None:
             if defaults.get(key) is not None:
                 logger.warning(
@@ -544,11 +548,21 @@ def _is_path(key):
     return key.endswith(_PATH_SUFFIXES)
 
 
+def _at_home(key, text):
+    """A path with the user's folder for ~, which a shell leaves after "="."""
+    may_be = _is_path(key) or key in ("output_base", "text_model")
+    if may_be and text.partition("/")[0] == "~":
+        return os.path.expanduser(text)
+    return text
+
+
 def _parse_value(key, text):
     """A flag's text as YAML would have it: number, boolean, null, {} or [].
 
     All else stays as it was typed; YAML would cut a path at " #".
     """
+    if text.strip() in _NULLS:
+        return None
     try:
         value = ruamel.yaml.YAML(typ="safe").load(text)
     except ruamel.yaml.YAMLError as error:
@@ -559,8 +573,6 @@ def _parse_value(key, text):
                 "around its texts"
             ) from None
         return text
-    if value is None or text == "None":
-        return None
     if isinstance(value, bool | int | float):
         return value
     return value if text.lstrip()[:1] in ("{", "[") else text

@@ -21,6 +21,7 @@ ssl_checkpointer: null
 batch_size: 128
 base_lr: 0.0001
 text_prompt: "this is a sound of "
+text_model: bert-base-uncased
 time_stamp: null
 resume_interrupt: False
 prev_ckpt_dir: null
@@ -78,7 +79,9 @@ def test_values(yaml_file, tmp_path):
     assert isinstance(run_opts["max_grad_norm"], float)
 
 
-@pytest.mark.parametrize("text", ["007", "1e3", "2024_05_01", "True", "0x1"])
+@pytest.mark.parametrize(
+    "text", ["007", "1e3", "2024_05_01", "True", "0x1", "{}", "{a: b}", "#x"]
+)
 def test_texts_stay_as_they_were_typed(yaml_file, tmp_path, text):
     (tmp_path / text).touch()
     keys = ("experiment_name", "text_prompt", "output_folder", "clap_ckpt_path")
@@ -86,7 +89,29 @@ def test_texts_stay_as_they_were_typed(yaml_file, tmp_path, text):
     assert overrides == dict.fromkeys(keys, text)
 
 
-@pytest.mark.parametrize("empty", ["", "=", "=null", "=None"])
+def test_home(yaml_file, tmp_path, monkeypatch):
+    """A shell leaves ~ as it is after =."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    _, overrides = parse(
+        yaml_file,
+        "--data_folder=~/data",
+        "--output_folder=~",
+        "--output_base=~/results",
+        "--text_model=~/bert",
+        "--text_prompt=~/dog",
+        "--ssl_checkpointer=~",  # YAML's null
+    )
+    assert overrides == {
+        "data_folder": f"{tmp_path}/data",
+        "output_folder": str(tmp_path),
+        "output_base": f"{tmp_path}/results",
+        "text_model": f"{tmp_path}/bert",
+        "text_prompt": "~/dog",
+    }
+
+
+@pytest.mark.parametrize("empty", ["", "=", "=null", "=None", "=Null"])
 def test_empty_flags_are_as_if_deleted(yaml_file, empty):
     keys = ("data_folder", "ssl_checkpointer", "batch_size", "precision",
             "auto_mix_prec")  # fmt: skip

@@ -206,7 +206,9 @@ def test_prompt_flags(evaluate):
     assert single["labels"]["dog"] == ["click dog"]
     several, _ = evaluate("b", text_prompt="[click, '{} wails']")
     assert several["labels"]["dog"] == ["click dog", "dog wails"]
-    default, _ = evaluate("c", text_prompt="")
+    alone, _ = evaluate("c", text_prompt="{}")
+    assert alone["labels"]["dog"] == ["dog"]
+    default, _ = evaluate("d", text_prompt="")
     assert default["prompts"] == [PROMPT]
 
 
