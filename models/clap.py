@@ -131,7 +131,7 @@ class CLAP(nn.Module):
     Raises
     ------
     ValueError
-        `duration` is too short for the network.
+        `duration` is too short for the network, or a switch is no bool.
     """
 
     def __init__(
@@ -152,6 +152,15 @@ class CLAP(nn.Module):
         freeze_text_encoder=False,
     ):
         super().__init__()
+        switches = {
+            "text_pretrained": text_pretrained,
+            "freeze_audio_encoder": freeze_audio_encoder,
+            "freeze_text_encoder": freeze_text_encoder,
+        }
+        for name, value in switches.items():
+            # YAML 1.2 has "no" for a text, which would be true.
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value}: give True or False")
         if duration * sample_rate < MIN_HOPS * hop_size:
             raise ValueError(
                 f"duration={duration} s is too short: CNN14 needs {MIN_HOPS} "

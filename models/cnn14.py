@@ -15,8 +15,9 @@ from models.winograd import Conv3x3
 # CLAP, but its parameters belong to the published files.
 AUDIOSET_CLASSES = 527
 
-# Five poolings by 2 leave one frame of 32, which 31 hops make.
+# Five poolings by 2 leave one frame of 32, which 31 hops make, and one band.
 MIN_HOPS = 31
+MIN_MEL_BINS = 32
 
 
 class LogMel(nn.Module):
@@ -210,7 +211,8 @@ class CNN14(nn.Module):
     Raises
     ------
     ValueError
-        `dropout_factor` is negative, or makes a rate of 1 or more.
+        `dropout_factor` is negative, or makes a rate of 1 or more; or there
+        are too few `mel_bins`.
     """
 
     def __init__(
@@ -229,6 +231,11 @@ class CNN14(nn.Module):
             raise ValueError(
                 f"dropout_factor={dropout_factor}: give 0 or more, and less "
                 "than 2"
+            )
+        if mel_bins < MIN_MEL_BINS:
+            raise ValueError(
+                f"mel_bins={mel_bins}: give {MIN_MEL_BINS} or more, which five "
+                "poolings halve"
             )
         self.block_dropout = Dropout(0.2 * dropout_factor)
         self.dropout = Dropout(0.5 * dropout_factor)

@@ -155,6 +155,24 @@ def test_frozen_encoders_stay_as_they_are(text_model):
     assert not any(".base." in k for k in changed)
 
 
+@pytest.mark.parametrize(
+    "name", ["text_pretrained", "freeze_audio_encoder", "freeze_text_encoder"]
+)
+def test_switches_of_the_network_are_no_texts(text_model, name):
+    """A text would be on, also --clap='{freeze_text_encoder: no}'."""
+    switches = {"text_pretrained": False, name: "no"}
+    with pytest.raises(ValueError, match=f"{name}=no: give True or False"):
+        CLAP(text_model, **switches)
+
+
+def test_mel_bins_that_poolings_leave_none_of():
+    wavs = torch.randn(1, 16000)
+    narrow = CNN14(16000, mel_bins=32, fmax=8000, width=2).eval()
+    assert narrow(wavs).isfinite().all()
+    with pytest.raises(ValueError, match="mel_bins=31: give 32 or more"):
+        CNN14(16000, mel_bins=31, fmax=8000, width=2)
+
+
 def test_what_never_reaches_the_loss_has_no_gradient(tiny_clap):
     """DDP waits for every parameter that requires a gradient."""
     ids = torch.tensor([[2, 7, 3], [2, 8, 3]])
