@@ -342,14 +342,18 @@ def fit_to_device(run_opts):
     ------
     SystemExit
         fp16 is asked for by `--precision` on a CPU, which cannot do it; or
-        SpeechBrain is told to compile modules by itself.
+        SpeechBrain is told what to compile by itself, or how.
     """
     run_opts = dict(run_opts)
-    if run_opts.get("compile_module_keys"):
-        raise SystemExit(
-            "--compile_module_keys: give --compile=True, which compiles what "
-            "gains by it"
-        )
+    for key in (
+        "compile_module_keys",
+        "compile_using_fullgraph",
+        "compile_using_dynamic_shape_tracing",
+    ):
+        if run_opts.get(key):
+            raise SystemExit(
+                f"--{key}: give --compile=True, which compiles what gains by it"
+            )
     run_opts.setdefault("device", sb.utils.distributed.infer_device())
     if run_opts["device"] != "cpu":
         return run_opts

@@ -235,11 +235,22 @@ def test_options_that_need_a_gpu(monkeypatch, caplog):
     assert caplog.text.count("is for a GPU") == 3
     with pytest.raises(SystemExit, match="bf16"):
         experiment.fit_to_device({"precision": "fp16"})
-    with pytest.raises(SystemExit, match="give --compile=True"):
-        experiment.fit_to_device({"compile_module_keys": ["clap"]})
     assert (
         experiment.fit_to_device({"precision": "bf16"})["precision"] == "bf16"
     )
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "compile_module_keys",
+        "compile_using_fullgraph",
+        "compile_using_dynamic_shape_tracing",
+    ],
+)
+def test_what_to_compile_is_no_choice(key):
+    with pytest.raises(SystemExit, match=f"^--{key}: give --compile=True"):
+        experiment.fit_to_device({key: True, "compile": True})
 
 
 def test_output_folder(yaml_file, tmp_path):
