@@ -238,6 +238,48 @@ def check_numbers(hparams, names, lowest, highest=math.inf, whole=False):
             raise SystemExit(f"--{name}={value}: give a {kind} {limits}")
 
 
+def check_choice(hparams, name, choices):
+    """Stop a script if a flag is none of its choices.
+
+    Arguments
+    ---------
+    hparams : dict
+    name : str
+        The key.
+    choices : sequence of str
+
+    Raises
+    ------
+    SystemExit
+        It names the flag and the choices.
+    """
+    if hparams[name] not in choices:
+        raise SystemExit(
+            f"--{name}={hparams[name]}: give one of {', '.join(choices)}"
+        )
+
+
+def check_prompt(hparams):
+    """Stop a script that scores classes if their prompt is no text.
+
+    Arguments
+    ---------
+    hparams : dict
+        With `text_prompt`, which may be a list of some.
+
+    Raises
+    ------
+    SystemExit
+    """
+    prompt = hparams["text_prompt"]
+    prompts = prompt if isinstance(prompt, list | tuple) else [prompt]
+    if not prompts or not all(isinstance(text, str) for text in prompts):
+        raise SystemExit(
+            f"--text_prompt={prompt}: give a text, or a list of texts in "
+            "quotes, as \"['this is a sound of', 'I can hear {} outside']\""
+        )
+
+
 def finish():
     """The last step of a script that torchrun may have started.
 
@@ -319,6 +361,11 @@ def parse_arguments(argv):
         is_input = _is_path(key) and key not in _OUTPUTS
         if is_input and value and not os.path.exists(str(value)):
             raise SystemExit(f"--{key}={value} does not exist")
+    # Objects are built with these, which say nothing of flags.
+    if "seed" in overrides:
+        check_numbers(overrides, ["seed"], 0, 2**32 - 1, whole=True)
+    if "short_audio" in overrides:
+        check_choice(overrides, "short_audio", ("repeat", "zero"))
     # SpeechBrain takes one of the two; the YAML files set minutes.
     if overrides.get("ckpt_interval_steps"):
         overrides.setdefault("ckpt_interval_minutes", 0)
@@ -596,9 +643,8 @@ def _check_type(key, value, default):
 
 def _run_option(key, value, default):
     """A run option in the type of its default."""
-    choices = ("fp32", "fp16", "bf16")
-    if key in ("precision", "eval_precision") and value not in choices:
-        raise SystemExit(f"--{key}={value}: give one of {', '.join(choices)}")
+    if key in ("precision", "eval_precision"):
+        check_choice({key: value}, key, ("fp32", "fp16", "bf16"))
     if default is None:
         return value
     try:

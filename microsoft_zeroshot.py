@@ -235,6 +235,8 @@ def main(argv):
     experiment.require_weights(hparams)
     experiment.refuse_training_options(run_opts)
     experiment.check_numbers(hparams, ["batch_size"], 1, whole=True)
+    experiment.check_numbers(hparams, ["num_workers"], 0, whole=True)
+    experiment.check_prompt(hparams)
     brain = ZeroShotBrain(
         modules={"clap": hparams["clap"]}, hparams=hparams, run_opts=run_opts
     )

@@ -22,6 +22,8 @@ batch_size: 128
 base_lr: 0.0001
 text_prompt: "this is a sound of "
 text_model: bert-base-uncased
+seed: 1234
+short_audio: repeat
 time_stamp: null
 resume_interrupt: False
 prev_ckpt_dir: null
@@ -144,6 +146,9 @@ def test_switches_take_a_value(yaml_file, value):
         ),
         (["--batch_size=many"], "--batch_size=many: give a number"),
         (["--base_lr=True"], "--base_lr=True: give a number"),
+        (["--seed=-1"], "--seed=-1: give a whole number from 0 to 4294967295"),
+        (["--seed=1.5"], "--seed=1.5: give a whole number"),
+        (["--short_audio=mirror"], "--short_audio=mirror: .* repeat, zero$"),
         (["--resume_interrupt=no"], "--resume_interrupt=no: give True or"),
     ],
 )
@@ -169,6 +174,20 @@ def test_numbers_within_limits(value):
     experiment.check_numbers({"a": -1, "b": 0.5}, "ab", -1, 1)
     with pytest.raises(SystemExit, match=f"--a={value}: .* from -1 to 1"):
         experiment.check_numbers({"a": value}, "a", -1, 1)
+
+
+def test_choices():
+    experiment.check_choice({"a": "x"}, "a", ("x", "y"))
+    with pytest.raises(SystemExit, match="^--a=z: give one of x, y$"):
+        experiment.check_choice({"a": "z"}, "a", ("x", "y"))
+
+
+@pytest.mark.parametrize("prompt", [[], [1], ["a", {}], ["a", None], {}, 3])
+def test_prompts_are_texts(prompt):
+    for good in ("a", "", ["a {}", "b"], ("a", "b")):
+        experiment.check_prompt({"text_prompt": good})
+    with pytest.raises(SystemExit, match="^--text_prompt=.*: give a text"):
+        experiment.check_prompt({"text_prompt": prompt})
 
 
 def test_wrong_hparams_files():

@@ -304,6 +304,12 @@ def test_bootstrap_interval():
         ({"ssl_checkpoints_dir": "nowhere"}, "ssl_checkpoints_dir=nowhere"),
         ({"esc10": True}, "no clips of ESC-10"),
         ({"clap": "{width: 4}"}, "does not fit the model"),
+        ({"text_prompt": "[]"}, r"--text_prompt=\[\]: give a text"),
+        ({"text_prompt": "[a, {}]"}, "a list of texts in quotes"),
+        ({"seed": -1}, "--seed=-1"),
+        ({"batch_size": 0}, "--batch_size=0"),
+        ({"num_workers": -1}, "--num_workers=-1: give a whole number"),
+        ({"num_workers": 1.5}, "--num_workers=1.5: give a whole number"),
     ],
 )
 def test_wrong_input(evaluate, changes, message):
