@@ -191,17 +191,31 @@ def require_one_process():
         raise SystemExit("This script runs in one process: without torchrun")
 
 
-def refuse_training_options(run_opts):
-    """Stop a script that only evaluates if it is told how to train.
+def take_precision(run_opts):
+    """Have a script that only evaluates take --precision as --eval_precision.
+
+    SpeechBrain's --precision is of training alone. Either may be given.
+
+    Arguments
+    ---------
+    run_opts : dict
+        Options that were given; `eval_precision` takes the place of
+        `precision`.
 
     Raises
     ------
     SystemExit
-        It names the flag.
+        Both are given, or an option that training alone heeds.
     """
-    for key in ("precision", "auto_mix_prec"):
+    for key in ("auto_mix_prec", "bfloat16_mix_prec"):
         if key in run_opts:
-            raise SystemExit(f"--{key} is of training: give --eval_precision")
+            raise SystemExit(f"--{key} is of training: give --precision")
+    if "precision" in run_opts:
+        if "eval_precision" in run_opts:
+            raise SystemExit(
+                "--precision and --eval_precision are the same here: give one"
+            )
+        run_opts["eval_precision"] = run_opts.pop("precision")
 
 
 def check_numbers(hparams, names, lowest, highest=math.inf, whole=False):

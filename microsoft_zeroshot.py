@@ -233,7 +233,7 @@ def main(argv):
     hparams, run_opts = experiment.start(argv)
     experiment.require_one_process()
     experiment.require_weights(hparams)
-    experiment.refuse_training_options(run_opts)
+    experiment.take_precision(run_opts)
     experiment.check_numbers(hparams, ["batch_size"], 1, whole=True)
     experiment.check_numbers(hparams, ["num_workers"], 0, whole=True)
     experiment.check_prompt(hparams)

@@ -272,6 +272,25 @@ def test_what_to_compile_is_no_choice(key):
         experiment.fit_to_device({key: True, "compile": True})
 
 
+@pytest.mark.parametrize("key", ["precision", "eval_precision"])
+def test_the_precision_of_scripts_that_only_evaluate(key):
+    run_opts = {key: "bf16", "device": "cpu"}
+    experiment.take_precision(run_opts)
+    assert run_opts == {"eval_precision": "bf16", "device": "cpu"}
+    run_opts = {"device": "cpu"}
+    experiment.take_precision(run_opts)
+    assert run_opts == {"device": "cpu"}
+
+
+@pytest.mark.parametrize("key", ["auto_mix_prec", "bfloat16_mix_prec"])
+def test_precisions_that_scripts_that_only_evaluate_refuse(key):
+    with pytest.raises(SystemExit, match=f"^--{key} .*: give --precision"):
+        experiment.take_precision({key: True})
+    both = {"precision": "bf16", "eval_precision": "bf16"}
+    with pytest.raises(SystemExit, match="--eval_precision .*: give one"):
+        experiment.take_precision(both)
+
+
 def test_output_folder(yaml_file, tmp_path):
     overrides = {}
     assert not experiment.name_output_folder(yaml_file, overrides)

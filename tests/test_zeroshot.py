@@ -157,8 +157,9 @@ def test_scores_under_autocast_are_those_without():
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
 
 
-def test_scores_of_a_run_in_bf16(evaluate, clap, text_model, folder):
-    _, table = evaluate(eval_precision="bf16")
+@pytest.mark.parametrize("flag", ["precision", "eval_precision"])
+def test_scores_of_a_run_in_bf16(evaluate, clap, text_model, folder, flag):
+    _, table = evaluate(**{flag: "bf16"})
     expected = naive_scores(clap, CaptionTokenizer(text_model), folder)
     best = [max(expected[path]) for path in table["wav_path"]]
     np.testing.assert_allclose(table["score1"], best, atol=0.02)
