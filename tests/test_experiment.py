@@ -1,5 +1,6 @@
 """The command line: given, deleted and empty flags, and wrong ones."""
 
+import ast
 import importlib.metadata
 import os
 import platform
@@ -199,6 +200,26 @@ def test_wrong_hparams_files():
         experiment.parse_arguments(["--batch_size=3"])
 
 
+@pytest.mark.parametrize(
+    ("base", "child", "ending"),
+    [
+        ("microsoft_zeroshot", "{}/microsoft_zeroshot", "zeroshot"),
+        ("t2t_retr", "curation/{}_insper_t2t_retr", "insper_t2t_retr"),
+    ],
+)
+def test_experiments_are_named_by_the_data_set(base, child, ending):
+    def named(path, *flags):
+        path = f"{ROOT}/hparams/{path}.yaml"
+        root, _, overrides = experiment.parse_arguments([path, *flags])
+        return experiment._top_level(root, overrides)["experiment_name"]
+
+    for dataset in ("esc", "us8k", "tut"):
+        assert named(child.format(dataset)) == f"{dataset}_{ending}"
+    for path in (child.format("esc"), f"shared/{base}"):
+        assert named(path, "--dataset=birds") == f"birds_{ending}"
+        assert named(path, "--experiment_name=007") == "007"
+
+
 def test_base(yaml_file, tmp_path):
     (tmp_path / "sub").mkdir()
     child = tmp_path / "sub" / "c.yaml"
@@ -385,6 +406,29 @@ def test_versions_are_those_of_this_python(yaml_file, tmp_path):
     found = [line for line in lines if line.startswith("torch==")]
     assert found == [f"torch=={importlib.metadata.version('torch')}"]
     assert [x for x in lines if x.startswith("twice==")] == ["twice==1.0"]
+
+
+def test_what_is_imported_is_required():
+    """And is not there only because something else requires it."""
+    modules, folders = set(), ("curation", "dataset", "models")
+    paths = [p for f in ("", *folders) for p in (ROOT / f).glob("*.py")]
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                modules.add(node.module)
+    others = {module.partition(".")[0] for module in modules}
+    others -= {*folders, *(path.stem for path in paths)}
+    others -= {*sys.stdlib_module_names, "wandb"}  # which is extra
+    required = {
+        line.partition("==")[0]
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+    }
+    packages = importlib.metadata.packages_distributions()
+    assert "torch" in others
+    for module in others:
+        assert required & {name.lower() for name in packages[module]}, module
 
 
 def test_freed_memory_is_kept_until_a_process_is_forked():
