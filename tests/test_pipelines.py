@@ -1,0 +1,131 @@
+"""From rows to batches, on clips whose samples tell their clip and place."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+
+from dataset.audio import AudioError, AudioReader
+from dataset.pipelines import PairCollator, PairDataset
+
+CLIPS = "abcd"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Clips of 3 s at 1000 Hz; sample i of clip number n is 10000 n + i."""
+    folder = tmp_path_factory.mktemp("ramps")
+    for n, name in enumerate(CLIPS):
+        ramp = 10000.0 * n + np.arange(3000)
+        soundfile.write(folder / f"{name}.wav", ramp, 1000, "FLOAT")
+    return folder
+
+
+def pairs(folder, rows):
+    """A manifest of clip, caption and, where known, start and end."""
+    columns = ["wav_path", "caption", "start", "end"][: len(rows[0])]
+    frame = pd.DataFrame(rows, columns=columns)
+    return frame.assign(wav_path=f"{folder}/" + frame["wav_path"] + ".wav")
+
+
+def dataset(*manifests, seed=0):
+    return PairDataset(manifests, AudioReader(1000, 1), seed)
+
+
+def places(data, draws):
+    """Numbers of the clips that were cut, and first samples of the crops."""
+    wavs = torch.stack([data[draw]["wav"] for draw in draws])
+    assert torch.equal(wavs, wavs[:, :1] + torch.arange(1000.0))
+    return np.divmod(wavs[:, 0].numpy().astype(int), 10000)
+
+
+@pytest.mark.parametrize(
+    ("times", "lowest", "highest"),
+    [
+        ((), 0, 2000),
+        ((math.nan, math.nan), 0, 2000),
+        ((0.5, 2.25), 500, 1250),
+        ((0.5, 1.0), 500, 500),
+        ((0.5, math.nan), 500, 500),
+        ((2.75, math.nan), 2000, 2000),
+    ],
+)
+def test_crops_fill_the_part_that_a_pair_is_about(
+    folder, times, lowest, highest
+):
+    """Beside a set of pairs about whole clips."""
+    data = dataset(
+        pairs(folder, [("a", "x")]), pairs(folder, [("b", "x", *times)])
+    )
+    clips, begins = places(data, [(epoch, 1) for epoch in range(300)])
+    assert set(clips) == {1}
+    assert lowest <= begins.min() and begins.max() <= highest
+    # Uniform, but for four standard deviations of a mean.
+    width = highest - lowest
+    near = 4 * width / math.sqrt(12 * 300)
+    assert abs(begins.mean() - (lowest + highest) / 2) <= near
+    assert begins.std() >= 0.9 * width / math.sqrt(12)
+
+
+def test_crops_go_by_seed_epoch_and_row(folder):
+    manifest = pairs(folder, [("a", "x"), ("a", "y")])
+    draws = [(epoch, row) for epoch in range(50) for row in (0, 1)]
+    _, begins = places(dataset(manifest), draws)
+    _, backwards = places(dataset(manifest), draws[::-1])
+    np.testing.assert_array_equal(backwards[::-1], begins)
+    _, validation = places(dataset(manifest), [0, 1])
+    np.testing.assert_array_equal(validation, begins[:2])
+    _, others = places(dataset(manifest, seed=1), draws)
+    # Of 200 among 2001 places, ten are expected to be equal to another one.
+    assert len({*begins, *others}) > 170
+
+
+def test_positives_are_equal_clips_and_captions(folder):
+    """Whichever set they are in."""
+    manifests = [
+        pairs(folder, [("a", "x"), ("a", "y"), ("b", "x"), ("c", "z")]),
+        pairs(folder, [("b", "w", 1.0, 2.0), ("d", "y", 1.0, 2.0)]),
+    ]
+    data = dataset(*manifests)
+    batch = PairCollator(lambda captions: {"text": captions})(
+        [data[1, row] for row in range(6)]
+    )
+    every = pd.concat(manifests)
+    assert batch.tokens["text"] == every["caption"].tolist()
+    clips = batch.wavs[:, 0] // 10000
+    assert clips.tolist() == [0, 0, 1, 2, 1, 3]
+    for ids, values in (
+        (batch.clip_ids, every["wav_path"].to_numpy()),
+        (batch.caption_ids, every["caption"].to_numpy()),
+    ):
+        same = torch.from_numpy(values[:, None] == values)
+        assert torch.equal(ids[:, None] == ids, same)
+    assert batch.unreadable == {}
+
+
+@pytest.mark.parametrize(("bad", "own"), [(2, {0, 1}), (3, {4, 5})])
+def test_unreadable_clips_are_replaced_by_others_of_their_set(folder, bad, own):
+    rows = list(zip("abcbcd", "uvwxyz"))
+    rows[bad] = ("gone", rows[bad][1])
+    data = dataset(pairs(folder, rows[:3]), pairs(folder, rows[3:]))
+    whole = [data[1, row] for row in range(6) if row != bad]
+    taken = [data[epoch, bad] for epoch in range(50)]
+    captions = [rows[i][1] for i in own]
+    assert {example["caption"] for example in taken} == set(captions)
+    for example in taken:
+        [same] = [e for e in whole if e["caption"] == example["caption"]]
+        for name in ("clip_id", "caption_id"):
+            assert example[name] == same[name]
+        assert example["wav"][0] // 10000 == same["wav"][0] // 10000
+    reasons = {f"{folder}/gone.wav": "is missing"}
+    collate = PairCollator(lambda captions: {})
+    assert collate([*whole, taken[0]]).unreadable == reasons
+
+
+def test_a_set_without_readable_clips_takes_none_of_another(folder):
+    good, bad = (pairs(folder, [(name, "x")] * 2) for name in ("a", "gone"))
+    with pytest.raises(AudioError, match="No readable clip in 20: .*missing"):
+        dataset(good, bad, good)[1, 3]
