@@ -282,6 +282,19 @@ def test_dropout_factor():
         CNN14(16000, fmax=8000, dropout_factor=2)
 
 
+def test_dropout_is_where_the_published_networks_have_it(tiny_clap):
+    """After the six blocks, around the last layer, and in the projection."""
+    found = []
+    for layer in tiny_clap.train().audio_encoder.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.register_forward_hook(
+                lambda layer, args, _: found.append((layer.p, args[0].shape[1]))
+            )
+    tiny_clap.encode_audio(torch.randn(2, 16000))
+    blocks = [(0.2, 2 * 2**i) for i in range(6)]
+    assert found == [*blocks, (0.5, 64), (0.5, 64), (0.5, 8)]
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.2, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_keeps_each_value_by_itself(rate, dtype):

@@ -1,12 +1,15 @@
 """Files of exactly the published forms load, and nothing else does."""
 
+import math
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchlibrosa
 from test_models import reference_cnn14, reference_logmel
+from transformers import AutoModel
 
 from models.clap import CLAP
 from models.weights import (
@@ -127,6 +130,55 @@ def test_pann_file(clap, pann_file, numpy1):
         clap.audio_encoder.base(wavs), expected, rtol=1e-3, atol=1e-4
     )
     assert [f["source"] for f in loaded] == ["pann_ckpt_path"]
+
+
+def reference_projection(state, side, x):
+    """Unit-norm embeddings of an encoder's outputs x, from a state."""
+    first, second, scale, shift = (
+        state[f"{side}_encoder.projection.{name}"]
+        for name in ("linear1.weight", "linear2.weight",
+                     "layer_norm.weight", "layer_norm.bias")
+    )  # fmt: skip
+    x = x @ first.T
+    gelu = x * (1 + torch.erf(x / 2**0.5)) / 2
+    x = F.layer_norm(x + gelu @ second.T, (len(scale),), scale, shift)
+    return x / x.norm(dim=1, keepdim=True)
+
+
+def part(state, prefix):
+    """The entries below a prefix, without it."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }
+
+
+def test_embeddings_of_microsofts_weights(clap, tmp_path):
+    """By the formulas, from the entries of the file."""
+    state = microsoft_state(clap)
+    torch.save({"model": state}, tmp_path / "clap.pth")
+    load_weights(clap, clap_ckpt_path=str(tmp_path / "clap.pth"))
+
+    wavs = 0.1 * torch.randn(2, 32000)
+    logmel = reference_logmel(32000, 50, 14000)(wavs)
+    audio = reference_cnn14(part(state, "audio_encoder.base."), logmel)
+    bert = AutoModel.from_config(clap.caption_encoder.base.config).eval()
+    weights = part(state, "caption_encoder.base.")
+    del weights["embeddings.position_ids"]
+    bert.load_state_dict(weights)
+    tokens = dict(
+        input_ids=torch.tensor([[2, 7, 3, 0], [2, 8, 9, 3]]),
+        attention_mask=torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
+    )
+    text = bert(**tokens).last_hidden_state[:, 0]
+    found = clap(wavs, tokens)
+    for side, base, embeddings in zip(
+        ("audio", "caption"), (audio, text), found
+    ):
+        expected = reference_projection(state, side, base)
+        torch.testing.assert_close(embeddings, expected, rtol=1e-3, atol=1e-4)
+    assert found[2].item() == pytest.approx(math.exp(3.5))
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
