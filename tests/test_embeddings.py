@@ -141,6 +141,7 @@ def test_all_windows(embed):
     # Clip 30 is 2.5 s long.
     clip = manifest[manifest["wav_path"].str.endswith("/30, $x.wav")]
     assert clip["start"].tolist() == [0, 1, 1.5]
+    assert clip["end"].tolist() == [1, 2, 2.5]
     assert not (save / "text_insper_embeddings.npy").exists()
 
 

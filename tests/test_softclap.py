@@ -1,5 +1,7 @@
 """Training of students by the real command line, on tones with captions."""
 
+import copy
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,7 +19,12 @@ import microsoft_clap_train
 import softclap_train
 from dataset.text_model import make_text_model
 from files import write_csv
-from models.weights import find_checkpoint, load_weights
+from models.weights import (
+    AtomicCheckpointer,
+    export_microsoft,
+    find_checkpoint,
+    load_weights,
+)
 
 TEACHER = str(ROOT / "hparams/insper/microsoft_clap_train.yaml")
 STUDENT = str(ROOT / "hparams/insper/softclap_train.yaml")
@@ -120,6 +127,45 @@ def test_the_teacher_stays_as_it_was_and_out_of_checkpoints(
     assert not any("teacher" in name for name in files)
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("ssl_checkpoints_dir", 1),
+        ("ssl_checkpoints_dir ssl_checkpointer", 2),
+        ("ssl_checkpoints_dir ssl_checkpointer clap_ckpt_path", 3),
+        ("teacher_checkpoints_dir clap_ckpt_path", 4),
+        ("teacher_checkpoints_dir teacher_checkpointer ssl_checkpoints_dir", 5),
+    ],
+)
+def test_whose_weights_the_teacher_has(tiny_clap, tmp_path, flags, expected):
+    """Each of five models holds its number in a bias."""
+    states = {}
+
+    def numbered(number):
+        with torch.no_grad():
+            tiny_clap.audio_encoder.base.fc1.bias.fill_(number)
+        states[number] = copy.deepcopy(tiny_clap.state_dict())
+        return tiny_clap
+
+    for folder, numbers in (("ssl", (1, 2)), ("teacher", (4, 5))):
+        for loss, number in enumerate(numbers):
+            AtomicCheckpointer(
+                tmp_path / folder, {"clap": numbered(number)}
+            ).save_checkpoint({"loss": loss})
+    export_microsoft(numbered(3), str(tmp_path / "clap.pth"))
+    values = {
+        "ssl_checkpoints_dir": tmp_path / "ssl",
+        "ssl_checkpointer": "latest",
+        "clap_ckpt_path": str(tmp_path / "clap.pth"),
+        "teacher_checkpoints_dir": tmp_path / "teacher",
+        "teacher_checkpointer": "latest",
+    }
+    given = {k: v if k in flags.split() else None for k, v in values.items()}
+    teacher = softclap_train.load_teacher({"teacher": numbered(0), **given})
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(tensor, states[expected][name]), name
+
+
 def test_a_teacher_of_another_size(student, flags, tmp_path):
     network = flags["clap"].replace(
         "width: 2, d_proj: 8", "width: 1, d_proj: 4"
@@ -220,6 +266,7 @@ def write_layout(folder, dataset):
         ({"softclap_tau": 0}, "softclap_tau=0"),
         ({"ssl_checkpoints_dir": None}, "Name the teacher"),
         ({"teacher_checkpoints_dir": "nowhere"}, "nowhere does not exist"),
+        ({"teacher_checkpointer": "acc"}, "--teacher_checkpointer chooses"),
         ({"teacher": "{sample_rate: 32000}"}, "32000 Hz"),
         ({"teacher": "{text_model: OTHER}"}, "has other tokens than the"),
     ],
