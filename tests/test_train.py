@@ -1,5 +1,6 @@
 """Training by the real command line, on tones with captions."""
 
+import json
 import math
 import sys
 import types
@@ -21,11 +22,15 @@ from conftest import (
     write_noise,
 )
 
+import experiment
 import microsoft_clap_train
+import microsoft_zeroshot
 from files import write_csv
-from models.weights import find_checkpoint
+from microsoft_clap_train import CLAPBrain, HistoryLogger
+from models.weights import AtomicCheckpointer, find_checkpoint
 
 HPARAMS = str(ROOT / "hparams/insper/microsoft_clap_train.yaml")
+ZEROSHOT = str(ROOT / "hparams/esc/microsoft_zeroshot.yaml")
 
 
 def argv(flags, **changes):
@@ -162,6 +167,78 @@ def test_validation_batches_are_of_one_size(pairs, sizes, caplog):
     assert ("recordings, whose" in caplog.text) == (pairs < 39)
 
 
+@pytest.mark.parametrize("prob", [0.5, 1])
+def test_whole_batches_are_curated(flags, tmp_path, monkeypatch, prob):
+    """With that probability; the curated clips are others."""
+    rows = [
+        (write_noise(tmp_path / f"{i}.wav", 0.5, 16000, seed=i), "hum")
+        for i in range(8)
+    ]
+    frame = pd.DataFrame(rows, columns=["wav_path", "caption"])
+    write_csv(frame, tmp_path / "curated.csv")
+    batches = []
+    compute = CLAPBrain.compute_forward
+
+    def spy(brain, batch, stage):
+        if stage == sb.Stage.TRAIN:
+            batches.append(batch.clip_ids)
+        return compute(brain, batch, stage)
+
+    monkeypatch.setattr(CLAPBrain, "compute_forward", spy)
+    flags["curation_csv"] = tmp_path / "curated.csv"
+    train(flags, curation_prob=prob)
+    paired = pd.read_csv(tmp_path / "run" / "save" / "train_raw.csv")
+    is_curated = torch.stack(batches) >= paired["wav_path"].nunique()
+    assert torch.equal(is_curated.all(dim=1), is_curated.any(dim=1))
+    assert len(batches) == 2 * (36 // 4)
+    # Four standard deviations of a binomial.
+    near = 4 * math.sqrt(prob * (1 - prob) / len(batches))
+    assert abs(is_curated.float().mean() - prob) <= near
+
+
+def test_flags_of_the_data_reach_its_preparation(flags, tones, tmp_path):
+    values = {
+        "data_annot_folder": str(tones),
+        "train_csv_path": f"{tones}/curated.csv",
+        "official_test_splits": False,
+        "valid_pct": 0.125,
+        "subset_pct": 0.75,
+        "overfit_size": 11,
+        "max_bad_audio": 0.375,
+        "seed": 77,
+    }
+    hparams, _ = experiment.start(argv(flags, **values))
+    save_folder = f"{tmp_path}/run/save"
+    expected = {"save_folder": save_folder, **values}
+    assert hparams["prepare_captions"].keywords == expected
+
+
+def test_the_rate_halves_while_the_loss_is_no_better(
+    flags, tmp_path, monkeypatch
+):
+    """Every third epoch, down to the final rate."""
+    end_epoch = CLAPBrain.end_epoch
+    losses = [5.0, 6.0, 4.0, 4.1, 4.1, 4.1, 4.2, 4.2, 4.2, 4.2]
+    monkeypatch.setattr(
+        CLAPBrain,
+        "end_epoch",
+        lambda brain, epoch, _: end_epoch(brain, epoch, losses[epoch - 1]),
+    )
+    flags |= {"base_lr": 0.01, "final_lr": 0.004, "subset_pct": 0.2}
+    train(flags, number_of_epochs=10)
+    figures = history(tmp_path / "run")
+    assert figures["valid_loss"].tolist() == losses
+    assert figures["lr"].tolist() == 6 * [0.01] + 3 * [0.005] + [0.004]
+
+
+def test_the_scale_is_held_at_100(flags, tiny_clap, tmp_path):
+    torch.nn.init.constant_(tiny_clap.logit_scale, 9.0)
+    AtomicCheckpointer(tmp_path / "high", {"clap": tiny_clap}).save_checkpoint()
+    train(flags, ssl_checkpoints_dir=tmp_path / "high", number_of_epochs=1)
+    [scale] = history(tmp_path / "run")["logit_scale"]
+    assert 90 < scale < 100.001
+
+
 def test_it_learns(flags, tmp_path):
     train(flags, number_of_epochs=12, base_lr=0.005, batch_size=8)
     figures = history(tmp_path / "run")
@@ -211,6 +288,11 @@ def test_only_the_best_and_the_last_checkpoint_are_kept(flags, tmp_path):
 
 def test_zero_shot_validation_chooses_the_checkpoint(flags, tmp_path):
     write_esc_layout(tmp_path / "esc")
+    # Three dogs, two rains and a siren: whatever class a network of this size
+    # takes for all of them, its accuracy is that class's own.
+    meta = pd.read_csv(tmp_path / "esc" / "meta" / "esc50.csv")
+    meta["fold"] = 1 + meta.index.isin([0, 3, 6, 1, 4, 2])
+    write_csv(meta, tmp_path / "esc" / "meta" / "esc50.csv")
     flags |= {
         "use_zs_loader": True,
         "data_zs_folder": tmp_path / "esc",
@@ -223,6 +305,20 @@ def test_zero_shot_validation_chooses_the_checkpoint(flags, tmp_path):
     assert np.allclose(accuracies * 6, (accuracies * 6).round())
     best = find_checkpoint(tmp_path / "run", "acc").parent / "CKPT.yaml"
     assert yaml.safe_load(best.read_text())["acc"] == accuracies.max()
+    same = ("text_model", "clap", "batch_size", "num_workers")
+    evaluation = {
+        "data_folder": tmp_path / "esc",
+        "labels_path": tmp_path / "esc" / "labels.csv",
+        "folds": [2],
+        "ssl_checkpoints_dir": tmp_path / "run",
+        "output_folder": tmp_path / "evaluation",
+        **{name: flags[name] for name in same},
+    }
+    microsoft_zeroshot.main(
+        [ZEROSHOT, *(f"--{key}={value}" for key, value in evaluation.items())]
+    )
+    results = json.loads((tmp_path / "evaluation/results.json").read_text())
+    assert results["accuracy"] == pytest.approx(accuracies.max())
     with pytest.raises(ValueError, match=r"zs_valid_folds \(\[2\] -> \[1\]\)"):
         train(flags, zs_valid_folds=[1])
     with pytest.raises(ValueError, match="has the folds 1, 2"):
@@ -285,16 +381,14 @@ def test_unreadable_audio_in_zero_shot_validation(
 def test_a_model_that_is_not_finite_replaces_no_checkpoint(
     flags, tmp_path, monkeypatch
 ):
-    ended = microsoft_clap_train.CLAPBrain.on_stage_end
+    ended = CLAPBrain.on_stage_end
 
     def overflow(brain, stage, stage_loss, epoch=None):
         ended(brain, stage, stage_loss, epoch)
         if stage == sb.Stage.TRAIN and epoch == 2:
             brain.hparams.clap.audio_encoder.base.bn0.running_mean[0] = math.nan
 
-    monkeypatch.setattr(
-        microsoft_clap_train.CLAPBrain, "on_stage_end", overflow
-    )
+    monkeypatch.setattr(CLAPBrain, "on_stage_end", overflow)
     with pytest.raises(RuntimeError, match="validation loss is nan"):
         train(flags, number_of_epochs=3)
     assert history(tmp_path / "run")["epoch"].tolist() == [1]
@@ -416,7 +510,7 @@ def test_wrong_settings(flags, tmp_path, key, value, message):
 )
 def test_gradients_that_are_not_finite_are_dropped(gradients, kept):
     modules = {str(i): torch.nn.Linear(2, 2, bias=False) for i in range(3)}
-    brain = microsoft_clap_train.CLAPBrain(modules, run_opts={"device": "cpu"})
+    brain = CLAPBrain(modules, run_opts={"device": "cpu"})
     for layer, value in zip(modules.values(), gradients):
         if value is not None:
             layer.weight.grad = torch.ones(2, 2)
@@ -424,6 +518,67 @@ def test_gradients_that_are_not_finite_are_dropped(gradients, kept):
     brain.check_gradients()
     for layer, is_kept in zip(modules.values(), kept):
         assert (layer.weight.grad is not None) == bool(is_kept)
+
+
+def test_an_overflow_costs_no_more_than_its_step(flags, tmp_path, monkeypatch):
+    """A gradient that is not finite is left out, and training goes on."""
+    compute = CLAPBrain.compute_objectives
+    scales = []
+
+    def overflow(brain, predictions, batch, stage):
+        scales.append(predictions[2].item())
+        if len(scales) == 3:
+            predictions[2].register_hook(lambda gradient: gradient * math.inf)
+        return compute(brain, predictions, batch, stage)
+
+    monkeypatch.setattr(CLAPBrain, "compute_objectives", overflow)
+    train(flags, number_of_epochs=1)
+    assert scales[2] == scales[3] != scales[4]
+    state = final_state(tmp_path / "run")
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_masks_of_dropout_go_by_seed_epoch_step_and_process():
+    def mask(**changes):
+        numbers = dict.fromkeys(("seed", "epoch", "step", "rank"), 1) | changes
+        brain = types.SimpleNamespace(
+            hparams=types.SimpleNamespace(
+                seed=numbers["seed"],
+                epoch_counter=types.SimpleNamespace(current=numbers["epoch"]),
+                lr_schedule="plateau",
+            ),
+            train_sampler=types.SimpleNamespace(rank=numbers["rank"]),
+            step=numbers["step"],
+        )
+        CLAPBrain.on_fit_batch_start(brain, None, True)
+        return tuple(torch.rand(4).tolist())
+
+    first = mask()
+    others = {mask(**{name: 2}) for name in ("seed", "epoch", "step", "rank")}
+    assert mask() == first
+    assert len(others - {first}) == 4
+
+
+def test_an_epoch_that_is_run_again_replaces_its_figures(tmp_path):
+    """As after a stop between the history and the checkpoint."""
+
+    def log(epoch, loss, **more):
+        HistoryLogger(tmp_path).log_stats(
+            {"epoch": epoch, "lr": 0.1, "logit_scale": 14.0},
+            {"loss": loss},
+            {"loss": loss + 1, **more},
+        )
+        return history(tmp_path)
+
+    for epoch in (1, 2, 3):
+        log(epoch, float(epoch))
+    figures = log(2, 5.0)
+    assert figures["epoch"].tolist() == [1, 2]
+    assert figures["train_loss"].tolist() == [1, 5]
+    assert figures["valid_loss"].tolist() == [2, 6]
+    figures = log(3, 7.0, acc=0.5)
+    assert figures["epoch"].tolist() == [1, 2, 3]
+    assert figures["valid_acc"].isna().tolist() == [True, True, False]
 
 
 def test_unreadable_audio_is_skipped_counted_and_limited(flags, tmp_path):
