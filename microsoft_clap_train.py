@@ -473,14 +473,12 @@ def record_settings(brain, names, is_new):
 
 def check_flags(hparams):
     """Raise for flags that contradict each other; warn of unused ones."""
-    if hparams.lr_schedule not in ("plateau", "cosine"):
-        raise ValueError(
-            f"lr_schedule is '{hparams.lr_schedule}': give plateau or cosine"
-        )
+    experiment.check_choice(vars(hparams), "lr_schedule", ("plateau", "cosine"))
+    experiment.check_prompt(vars(hparams))
     counts = ["batch_size", "number_of_epochs", "grad_accumulation_factor"]
     counts.append("num_ckpt_keep")
     experiment.check_numbers(vars(hparams), counts, 1, whole=True)
-    counts = ["seed", "num_workers", "warmup_steps"]
+    counts = ["num_workers", "warmup_steps"]
     experiment.check_numbers(vars(hparams), counts, 0, whole=True)
     experiment.check_numbers(vars(hparams), ["base_lr", "final_lr"], 0)
     fractions = ["curation_prob", "max_bad_audio"]

@@ -199,10 +199,7 @@ def choose_precision(precision, device):
     """
     on_cpu = torch.device(device).type == "cpu"
     choices = ["auto", "fp32", "bf16"] + ["fp16"] * (not on_cpu)
-    if precision not in choices:
-        raise SystemExit(
-            f"--precision={precision}: give one of {', '.join(choices)}"
-        )
+    experiment.check_choice({"precision": precision}, "precision", choices)
     if precision != "auto":
         return precision
     if not on_cpu:
@@ -247,21 +244,11 @@ def windows_of(paths, windows_per_clip, reader, hides_bar):
     Returns
     -------
     dataset.pipelines.WindowDataset
-
-    Raises
-    ------
-    ValueError
-        `windows_per_clip` is none of these.
     """
     if windows_per_clip == "mean":
         return WindowDataset(paths, reader)
     if windows_per_clip == "centre":
         return CropDataset(paths, reader, [None] * len(paths))
-    if windows_per_clip != "all":
-        raise ValueError(
-            f"windows_per_clip is '{windows_per_clip}': give centre, mean or "
-            "all"
-        )
 
     def starts_in(path):
         try:
@@ -383,6 +370,10 @@ def main(argv):
         raise SystemExit("Give --audio_pathfile, --text_pathfile or both")
     experiment.require_weights(hparams)
     experiment.check_numbers(hparams, ["audio_bs", "text_bs"], 1, whole=True)
+    experiment.check_numbers(hparams, ["num_workers"], 0, whole=True)
+    experiment.check_choice(
+        hparams, "windows_per_clip", ("centre", "mean", "all")
+    )
     if "eval_precision" in run_opts:
         raise SystemExit("--eval_precision: give --precision to this script")
     precision = hparams["precision"]

@@ -244,10 +244,11 @@ def main(argv):
         if not hparams[flag]:
             raise SystemExit(f"Give --{flag}")
     experiment.require_weights(hparams)
-    experiment.refuse_training_options(run_opts)
+    experiment.take_precision(run_opts)
     experiment.check_numbers(hparams, ["sim_threshold"], -1, 1)
     experiment.check_numbers(hparams, ["text_bs"], 1, whole=True)
     experiment.check_numbers(hparams, ["min_captions_per_class"], 0, whole=True)
+    experiment.check_prompt(hparams)
     labels, texts = class_names(hparams)
     table = read_captions(hparams["target_csv_path"], "target_csv_path")
     brain = CaptionBrain(

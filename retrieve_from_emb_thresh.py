@@ -359,12 +359,8 @@ def check_settings(hparams, device):
             f"--target_pairs={target} may give more than --max_pairs={most}: "
             "give one of them"
         )
-    precision = hparams["search_precision"]
     choices = ["auto", *precisions(device)]
-    if precision not in choices:
-        raise SystemExit(
-            f"--search_precision={precision}: give one of {', '.join(choices)}"
-        )
+    experiment.check_choice(hparams, "search_precision", choices)
 
 
 def share_of(count, block_size):

@@ -614,7 +614,8 @@ def test_headers_are_read_in_threads(monkeypatch):
     [
         ({"audio_pathfile": "", "text_pathfile": ""}, "--audio_pathfile"),
         ({"ssl_checkpoints_dir": ""}, "Name the weights"),
-        ({"windows_per_clip": "each"}, "centre, mean or all"),
+        ({"windows_per_clip": "each"}, "centre, mean, all"),
+        ({"num_workers": "-1"}, "--num_workers=-1: give a whole number"),
         ({"audio_pathfile": "{}/empty"}, "lists no files"),
         ({"text_pathfile": "{}/list.txt"}, "--text_pathfile=.* caption"),
         ({"text_pathfile": "{}/commas"}, "--text_pathfile=.* Row #3"),
@@ -860,7 +861,8 @@ def test_nothing_reaches_the_threshold(embed, choose_captions):
         ({"sim_threshold": 75}, "--sim_threshold=75: .* from -1 to 1"),
         ({"text_bs": 0}, "--text_bs=0"),
         ({"min_captions_per_class": 1.5}, "--min_captions_per_class=1.5"),
-        ({"precision": "bf16"}, "give --eval_precision"),
+        ({"bfloat16_mix_prec": True}, "give --precision"),
+        ({"text_prompt": "[]"}, "--text_prompt=.*: give a text"),
     ],
 )
 def test_flags_of_ds_that_make_no_sense(
