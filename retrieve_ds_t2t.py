@@ -85,16 +85,23 @@ class CaptionBrain(sb.Brain):
         wanted = {**settings, "list": text_hash(table["caption"].tolist())}
         path = os.path.join(hparams.emb_dir, "text_insper.json")
         if os.path.exists(path):
-            found = open_embeddings(hparams.emb_dir, "text_insper", "caption")
-            there = found.info["settings"]
-            different = [k for k in wanted if there.get(k) != wanted[k]]
-            if not different:
-                return found
+            try:
+                found = open_embeddings(
+                    hparams.emb_dir, "text_insper", "caption"
+                )
+            except (OSError, ValueError) as error:
+                why = str(error)
+            else:
+                there = found.info["settings"]
+                different = [k for k in wanted if there.get(k) != wanted[k]]
+                if not different:
+                    return found
+                why = f"it differs in {', '.join(different)}"
             logger.warning(
-                "text_insper in %s is not used, since it differs in: %s. The "
-                "captions are embedded again",
+                "text_insper in %s is not used (%s): the captions are embedded "
+                "again",
                 hparams.emb_dir,
-                ", ".join(different),
+                why,
             )
         stem = f"{hparams.dataset}_t2t_corpus"
         dump_captions(
@@ -147,8 +154,8 @@ def choose(similarities, captions, threshold, min_captions_per_class):
     threshold : float
         Captions whose best similarity reaches it are kept.
     min_captions_per_class : int
-        Classes with fewer get their nearest other captions as well; equal
-        captions count once.
+        Classes with fewer get their nearest other captions as well, the most
+        similar caption and class of all first; equal captions count once.
 
     Returns
     -------
@@ -162,11 +169,17 @@ def choose(similarities, captions, threshold, min_captions_per_class):
     counts = np.bincount(
         nearest[reach & is_first], minlength=similarities.shape[1]
     )
-    for k in np.flatnonzero(counts < min_captions_per_class):
-        order = np.argsort(-similarities[:, k], kind="stable")
-        free = [int(i) for i in order if is_first[i] and int(i) not in chosen]
-        for i in free[: min_captions_per_class - counts[k]]:
-            chosen[i] = int(k)
+    short = np.flatnonzero(counts < min_captions_per_class)
+    free = np.flatnonzero(is_first & ~reach)
+    falling = np.argsort(
+        -similarities[np.ix_(free, short)], None, kind="stable"
+    )
+    for place in falling:
+        i, k = divmod(int(place), len(short))
+        i, k = int(free[i]), int(short[k])
+        if counts[k] < min_captions_per_class and i not in chosen:
+            chosen[i] = k
+            counts[k] += 1
     rows = np.array(sorted(chosen), dtype=int)
     return rows, np.array([chosen[i] for i in rows], dtype=int)
 
@@ -198,8 +211,8 @@ def report(similarities, rows, classes, labels, captions):
     without = [label for label, n in zip(labels, counts) if n == 0]
     if without:
         logger.warning(
-            "No captions for %d of %d classes: %s. Lower sim_threshold, or "
-            "give min_captions_per_class.",
+            "No captions for %d of %d classes: %s. Lower --sim_threshold, give "
+            "--min_captions_per_class, or more captions",
             len(without),
             len(labels),
             ", ".join(without),
@@ -216,17 +229,23 @@ def class_names(hparams):
         The data set has no built-in list and none is given.
     """
     path = hparams["class_path"]
-    if path and not path.endswith(".csv"):
+    if path and not path.lower().endswith(".csv"):
         try:
             names = [line.strip() for line in read_lines(path)]
         except ValueError as error:
             raise ValueError(f"--class_path={error}") from error
         if not names:
             raise ValueError(f"--class_path={path} is empty")
-        for i, name in enumerate(names):
-            if name in names[:i]:
-                raise ValueError(f"--class_path={path} lists '{name}' twice")
-        return names, [name.replace("_", " ") for name in names]
+        texts = [name.replace("_", " ") for name in names]
+        for i, text in enumerate(texts):
+            if "\t" in text:
+                raise ValueError(
+                    f"--class_path={path}: '{names[i]}' holds a TAB; a list "
+                    "has a name a line, and a table is a CSV, label,text"
+                )
+            if text in texts[:i]:
+                raise ValueError(f"--class_path={path} lists '{text}' twice")
+        return names, texts
     if not path and hparams["dataset"] not in BUILT_IN_LABELS:
         raise ValueError(
             f"dataset is '{hparams['dataset']}': give "
@@ -243,6 +262,11 @@ def main(argv):
     for flag in ("target_csv_path", "emb_dir"):
         if not hparams[flag]:
             raise SystemExit(f"Give --{flag}")
+    if os.path.basename(hparams["dataset"]) != hparams["dataset"]:
+        raise SystemExit(
+            f"--dataset={hparams['dataset']}: files are named by it, so give a "
+            "name without /"
+        )
     experiment.require_weights(hparams)
     experiment.take_precision(run_opts)
     experiment.check_numbers(hparams, ["sim_threshold"], -1, 1)

@@ -1,0 +1,69 @@
+"""Which captions stand for which class, and what classes there are."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from retrieve_ds_t2t import choose, class_names
+
+
+def naive_choice(similarities, captions, threshold, count):
+    """By searching for the most similar free caption and class each time."""
+    nearest = similarities.argmax(axis=1)
+    chosen = {
+        i: k for i, k in enumerate(nearest) if similarities[i, k] >= threshold
+    }
+    firsts = [i for i, c in enumerate(captions) if c not in captions[:i]]
+    while True:
+        counts = np.bincount(
+            [k for i, k in chosen.items() if i in firsts],
+            minlength=similarities.shape[1],
+        )
+        places = [
+            (i, k)
+            for i in firsts
+            for k in np.flatnonzero(counts < count)
+            if i not in chosen
+        ]
+        if not places:
+            return chosen
+        i, k = max(places, key=lambda place: similarities[place])
+        chosen[i] = k
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 50])
+@pytest.mark.parametrize("threshold", [0.5, 0.9, 2.0])
+def test_captions_go_to_the_classes_that_they_are_most_like(count, threshold):
+    """In whatever order the classes are."""
+    rng = np.random.default_rng(2)
+    similarities = rng.uniform(0, 1, (30, 4))
+    similarities[:, 1] *= 0.6
+    captions = [f"caption {i // 2 if i < 8 else i}" for i in range(30)]
+    similarities[1:8:2] = similarities[0:8:2]
+    expected = naive_choice(similarities, captions, threshold, count)
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
+        rows, classes = choose(
+            similarities[:, order], pd.Series(captions), threshold, count
+        )
+        found = {i: order[k] for i, k in zip(rows, classes)}
+        assert found == expected
+        assert rows.tolist() == sorted(rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "dog_bark\nrain\ndog bark\n", "lists 'dog bark' twice"),
+        ("a.tsv", "dog\ta dog barks\n", "a table is a CSV, label,text"),
+    ],
+)
+def test_lists_that_are_none(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        class_names({"class_path": str(tmp_path / name)})
+
+
+def test_a_table_by_its_name_in_capitals(tmp_path):
+    (tmp_path / "A.CSV").write_text("label,text\ndog,a dog\nrain,it rains\n")
+    names = class_names({"class_path": str(tmp_path / "A.CSV")})
+    assert names == (["dog", "rain"], ["a dog", "it rains"])
