@@ -484,7 +484,8 @@ class EmbeddingWriter:
 def write_store(base, parts, manifest, settings, info, manifest_path=None):
     """Write a store, or put it in place of an earlier one.
 
-    The record, without which a store is not complete, comes last.
+    The array, without which there is no store, takes its place last: what is
+    stopped on the way leaves the earlier store, or none.
 
     Arguments
     ---------
@@ -501,35 +502,43 @@ def write_store(base, parts, manifest, settings, info, manifest_path=None):
     manifest_path : str
         Where the manifest goes, if not to `<base>.csv`.
     """
-    path = f"{base}_embeddings.npy"
+    path, record_path = f"{base}_embeddings.npy", f"{base}.json"
     manifest_path = manifest_path or f"{base}.csv"
     header = {
         "descr": "<f2",
         "fortran_order": False,
         "shape": (len(manifest), settings["size"]),
     }
-    # Both are complete before the first is renamed.
-    with written_whole(manifest_path) as table, written_whole(path) as file:
+    column = "caption" if "caption" in manifest else "wav_path"
+    with written_whole(path) as file:
         np.lib.format.write_array_header_1_0(file, header)
         for part in parts:
             file.write(np.ascontiguousarray(part, dtype="<f2").tobytes())
-        write_cells(manifest, table)
-        table.flush()
         file.flush()
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(f"{base}.json")
-    column = "caption" if "caption" in manifest else "wav_path"
-    written = _read_manifest(manifest_path, column)
-    record = {
-        "settings": settings,
-        "manifest": manifest_hash(written, column),
-        "rows": len(manifest),
-        "dtype": "float16",
-        "versions": {
-            name: importlib.metadata.version(name) for name in _PACKAGES
-        },
-    }
-    write_json(record | info, f"{base}.json")
+        with (
+            written_whole(record_path) as record,
+            written_whole(manifest_path) as table,
+        ):
+            write_cells(manifest, table)
+            table.flush()
+            content = {
+                "settings": settings,
+                "manifest": manifest_hash(
+                    _read_manifest(table.name, column), column
+                ),
+                "rows": len(manifest),
+                "dtype": "float16",
+                "versions": {
+                    name: importlib.metadata.version(name) for name in _PACKAGES
+                },
+            }
+            text = json.dumps(content | info, indent=2, ensure_ascii=False)
+            record.write(text.encode())
+            record.flush()
+            # All are complete before the first of the earlier ones goes.
+            for earlier in (path, record_path, manifest_path):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(earlier)
 
 
 def encoded(batches, encode):

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -1021,6 +1022,38 @@ def test_a_disk_that_fills_leaves_the_store_before(small_disk):
         write(1000)
     assert sorted(path.name for path in small_disk.iterdir()) == names
     assert len(open_embeddings(small_disk, "x", "caption")) == 3
+
+
+@pytest.mark.parametrize("renamed", range(3))
+def test_a_kill_leaves_no_vectors_beside_other_captions(
+    tmp_path, monkeypatch, renamed
+):
+    """Between any two of the files that take their places."""
+
+    def write(caption):
+        rows = np.full((2, 2), len(caption), np.float16)
+        table = pd.DataFrame({"caption": [caption] * 2})
+        base, manifest = f"{tmp_path}/x_t2t", f"{tmp_path}/x_t2t_ds.csv"
+        write_store(base, [rows], table, {"size": 2}, {}, manifest)
+
+    write("rain")
+    replace, calls = os.replace, []
+
+    def killed(*paths):
+        if len(calls) == renamed:
+            raise KeyboardInterrupt
+        calls.append(paths)
+        replace(*paths)
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write("a dog")
+    with pytest.raises(FileNotFoundError, match="exist: run retrieve_ds_t2t"):
+        open_embeddings(tmp_path, "x_t2t", "caption")
+    write("a dog")
+    store = open_embeddings(tmp_path, "x_t2t", "caption")
+    assert store.vectors[0, 0] == len(store.manifest["caption"][0]) == 5
 
 
 def test_a_store_in_the_making_has_its_place_on_the_disk(tmp_path):
