@@ -68,14 +68,29 @@ class Embeddings:
         return len(self.vectors)
 
     def __getitem__(self, rows):
-        """A slice of rows, (rows, d) float16 or float32."""
+        """A slice of rows, (rows, d) float16 or float32.
+
+        Raises
+        ------
+        ValueError
+            A row of a store of another program is not finite. It is named.
+        """
         # Mapped anew each time, or all pages that were read would count as
         # memory of the process until it ends. "c" never writes to the file,
         # but PyTorch warns of arrays that cannot be written to.
         block = np.load(self.path, mmap_mode="c")[rows]
         if self.info is None:
-            block = block.astype(np.float32)
+            # Norms of another order would be rounded by the size of the block.
+            block = np.ascontiguousarray(block, dtype=np.float32)
             norms = np.linalg.norm(block, axis=1, keepdims=True)
+            wrong = np.flatnonzero(~np.isfinite(norms))
+            if len(wrong):
+                row = range(len(self))[rows][wrong[0]]
+                raise ValueError(
+                    f"{self.path}: row {row} (from 0) is not finite, or too "
+                    "large to have a norm: embed it again, or remove it and "
+                    "its line of the manifest"
+                )
             foreign = np.abs(norms - 1) > 1e-3
             block = np.where(foreign, block / np.maximum(norms, 1e-12), block)
         return block
@@ -151,10 +166,10 @@ def open_embeddings(emb_dir, stem, column, manifest_path=None):
     if os.path.exists(record):
         info = read_record(record, ("settings", "manifest"))
         if info["manifest"] != manifest_hash(manifest, column):
-            raise ValueError(
-                f"{manifest_path} was changed after its embeddings were made: "
-                "restore it, or embed again"
-            )
+            problem = "was changed after its embeddings were made: restore it"
+            if lacks_times and not os.path.exists(own):
+                problem = f"has no times, and {own} is missing: restore that"
+            raise ValueError(f"{manifest_path} {problem}, or embed again")
     else:
         logger.warning("%s has no record: of unknown weights", path)
     return Embeddings(vectors, manifest, info, path)
@@ -166,7 +181,8 @@ def _read_manifest(path, column):
     Raises
     ------
     ValueError
-        It cannot be read, lacks the column, or has a time that is no number.
+        It cannot be read, lacks the column, or has an empty path or a time
+        that is no number.
     """
     if not path.endswith(".txt"):
         manifest = read_table(path, [column])
@@ -174,6 +190,11 @@ def _read_manifest(path, column):
         manifest = pd.DataFrame({"wav_path": read_lines(path)}, dtype="str")
     else:
         raise ValueError(f"{path} lists files: give a CSV with a {column}")
+    if column == "wav_path":
+        empty = np.flatnonzero(manifest["wav_path"].str.strip() == "")
+        if len(empty):
+            # Row 1 is the header, as a spreadsheet counts.
+            raise ValueError(f"{path}: row {empty[0] + 2} has no wav_path")
     for name in manifest.columns.intersection(["start", "end"]):
         try:
             manifest[name] = pd.to_numeric(manifest[name])
@@ -268,16 +289,17 @@ def text_hash(texts):
 
 
 def manifest_hash(manifest, column):
-    """Hash of what the rows are embeddings of: captions, or path and start."""
+    """Hash of what the rows are embeddings of: captions, or paths and times."""
     texts = pa.array(manifest[column].tolist(), pa.large_string())
     if column == "wav_path":
-        starts = manifest.reindex(columns=["start"])["start"]
-        # Few windows begin at a time of their own.
-        times, which = np.unique(starts, return_inverse=True)
-        times = pa.array([repr(time) for time in times.tolist()], texts.type)
         newline = pa.scalar("\n", texts.type)
-        times = times.take(pa.array(which))
-        texts = pc.binary_join_element_wise(texts, times, newline)
+        for name in ("start", "end"):
+            seconds = manifest.reindex(columns=[name])[name]
+            # Few windows begin or end at a time of their own.
+            times, which = np.unique(seconds, return_inverse=True)
+            times = pa.array([repr(t) for t in times.tolist()], texts.type)
+            times = times.take(pa.array(which))
+            texts = pc.binary_join_element_wise(texts, times, newline)
     return text_hash(texts)
 
 

@@ -648,13 +648,15 @@ def test_hashes_of_texts_and_manifests():
     found = manifest_hash(table, "caption")
     assert found == hashlib.sha256(marked).hexdigest()
     audio = pd.DataFrame({"wav_path": ["b", "a", "b"]})
-    for starts, lines in (
-        ([10.5, np.nan, 0.1], b"6:b\n10.55:a\nnan5:b\n0.1"),
-        ([7, 0, 7], b"3:b\n73:a\n03:b\n7"),
-        (None, b"5:b\nnan5:a\nnan5:b\nnan"),
+    for times, lines in (
+        (
+            {"start": [10.5, np.nan, 0.1], "end": [11, np.nan, 1]},
+            b"11:b\n10.5\n11.09:a\nnan\nnan9:b\n0.1\n1.0",
+        ),
+        ({"start": [7, 0, 7]}, b"7:b\n7\nnan7:a\n0\nnan7:b\n7\nnan"),
+        ({}, b"9:b\nnan\nnan9:a\nnan\nnan9:b\nnan\nnan"),
     ):
-        table = audio if starts is None else audio.assign(start=starts)
-        found = manifest_hash(table, "wav_path")
+        found = manifest_hash(audio.assign(**times), "wav_path")
         assert found == hashlib.sha256(lines).hexdigest()
 
 
@@ -667,6 +669,15 @@ def test_stores_that_do_not_belong_together(embed):
     manifest.write_text("".join(manifest.read_text().splitlines(True)[:-1]))
     with pytest.raises(ValueError, match="4 rows and .* 5"):
         open_embeddings(save, "text_insper", "caption")
+    manifest = save / "audio_audioset.csv"
+    lines = manifest.read_text()
+    for name in ("start", "end"):
+        table = pd.read_csv(manifest)
+        table.loc[5, name] += 0.5
+        table.to_csv(manifest, index=False)
+        with pytest.raises(ValueError, match="was changed after"):
+            open_embeddings(save, "audio_audioset", "wav_path")
+        manifest.write_text(lines)
     audio = open_embeddings(save, "audio_audioset", "wav_path")
     other = open_embeddings(save, "audio_audioset", "wav_path")
     other.info["settings"]["weights"] = "0" * 64
@@ -736,6 +747,44 @@ def test_stores_of_other_programs_are_normalised(tmp_path, caplog):
     assert "no record" in caplog.text
     expected = np.array([[0.6, 0.8], [0, 0], [0.6, 0.8]], np.float32)
     np.testing.assert_allclose(store[:3], expected, atol=1e-6)
+
+
+def test_rows_of_other_programs_do_not_depend_on_the_block(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((50, 300), np.float32)
+    np.save(tmp_path / "x_embeddings.npy", np.asfortranarray(rows))
+    (tmp_path / "x_files.txt").write_text("a.wav\n" * 50)
+    store = open_embeddings(tmp_path, "x", "wav_path")
+    alone = np.concatenate([store[i : i + 1] for i in range(50)])
+    assert np.array_equal(store[:], alone)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_rows_of_other_programs_that_are_not_finite_are_named(tmp_path, value):
+    rows = np.eye(5, dtype=np.float32)
+    rows[3, 1] = value
+    np.save(tmp_path / "x_embeddings.npy", rows)
+    (tmp_path / "x_files.txt").write_text("a.wav\n" * 5)
+    store = open_embeddings(tmp_path, "x", "wav_path")
+    assert len(store[:3]) == 3
+    message = rf"{tmp_path}/x_embeddings.npy: row 3 \(from 0\) is not finite"
+    with pytest.raises(ValueError, match=message):
+        store[2:5]
+
+
+def test_a_manifest_with_an_empty_path_is_refused(tmp_path):
+    np.save(tmp_path / "x_embeddings.npy", np.eye(2, dtype=np.float32))
+    (tmp_path / "x.csv").write_text("wav_path,start\na.wav,0\n ,1\n")
+    with pytest.raises(ValueError, match=r"x\.csv: row 3 has no wav_path"):
+        open_embeddings(tmp_path, "x", "wav_path")
+
+
+def test_a_manifest_that_is_missing_is_named(embed):
+    """A list of its files stands in for it, but has no times."""
+    save = embed(text_pathfile=None)
+    (save / "audio_audioset.csv").unlink()
+    message = rf"files\.txt has no times, and {save}/audio_audioset\.csv"
+    with pytest.raises(ValueError, match=message):
+        open_embeddings(save, "audio_audioset", "wav_path")
 
 
 @pytest.fixture
