@@ -136,7 +136,7 @@ def open_embeddings(emb_dir, stem, column, manifest_path=None):
         raise FileNotFoundError(f"{path} does not exist: {advice}")
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path} is not a whole .npy file: {error}") from error
     if vectors.ndim != 2 or vectors.dtype not in (np.float16, np.float32):
         raise ValueError(
@@ -228,9 +228,12 @@ def read_record(path, keys):
         for key in keys:
             record[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        advice = "have them taken as those of another program, or embed again"
+        if path.endswith(".partial.json"):
+            advice = "embed from the start"
         raise ValueError(
-            f"{path} is no record of embeddings ({error!r}): delete it to have "
-            "them taken as those of another program, or embed again"
+            f"{path} is no record of embeddings ({error!r}): delete it to "
+            f"{advice}"
         ) from error
     return record
 

@@ -623,6 +623,7 @@ def test_headers_are_read_in_threads(monkeypatch):
         ({"audio_pathfile": "{}/latin"}, "--audio_pathfile=.*'utf-8'"),
         ({"audio_bs": "0"}, "--audio_bs=0: give a whole number"),
         ({"text_bs": "-1"}, "--text_bs=-1: give a whole number"),
+        ({"num_workers": "1.5"}, "--num_workers=1.5: give a whole number"),
     ],
 )
 def test_wrong_input(embed, world, changes, message):
@@ -691,6 +692,7 @@ def test_stores_that_do_not_belong_together(embed):
     ("name", "content", "message"),
     [
         ("text_insper_embeddings.npy", b"\x93NUMPY", "not a whole .npy file"),
+        ("text_insper_embeddings.npy", b"", "not a whole .npy file"),
         ("text_insper_embeddings.npy", None, "not a whole .npy file"),
         ("text_insper.json", b"{}", "no record .*'manifest'|'settings'"),
         ("text_insper.json", b"{", "is no record of embeddings"),
