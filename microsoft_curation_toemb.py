@@ -36,6 +36,7 @@ from curation.embeddings import (
     NOT_FINITE,
     SKIPPED,
     EmbeddingWriter,
+    captions_writer,
     dump_captions,
     encoded,
     read_captions,
@@ -90,13 +91,15 @@ class EmbeddingBrain(sb.Brain):
             **more,
         }
 
-    def dump_audio(self, paths):
+    def dump_audio(self, paths, reserved=0):
         """Embed audio files into the store `audio_audioset`.
 
         Arguments
         ---------
         paths : list of str
             Audio files, each once.
+        reserved : int
+            Bytes of the disk that the captions will need.
         """
         hparams = self.hparams
         windows = windows_of(
@@ -105,22 +108,26 @@ class EmbeddingBrain(sb.Brain):
             hparams.reader,
             self.noprogressbar or not if_main_process(),
         )
-        all_windows = hparams.windows_per_clip == "all"
-        starts = windows.starts if all_windows else []
+        growing = {}
+        if hparams.windows_per_clip == "all":
+            # Those of a file begin at 0, so that their numbers are told too.
+            growing["windows"] = text_hash([str(s) for s in windows.starts])
         writer = EmbeddingWriter(
             hparams.save_folder,
             AUDIO,
+            "wav_path",
             len(windows),
             hparams.clap.d_proj,
             self.settings(
-                # Windows of a file that was changed since would be others.
-                list=text_hash([*windows.wav_paths, *map(str, starts)]),
+                list=text_hash(paths),
                 hop_size=hparams.clap.hop_size,
                 windows_per_clip=hparams.windows_per_clip,
                 sample_rate=hparams.reader.sample_rate,
                 duration=hparams.clap.duration,
                 short=hparams.reader.short,
             ),
+            growing=growing,
+            reserved=reserved,
         )
         if writer.finished:
             logger.info("%s is complete already", AUDIO)
@@ -154,6 +161,36 @@ class EmbeddingBrain(sb.Brain):
                 "the time and can be read now: run the same command again"
             )
 
+    def text_settings(self):
+        """As `settings`, of captions."""
+        return self.settings(**self.hparams.tokenizer.settings())
+
+    def check_text(self, table):
+        """Raise if something is in the way of the store `text_insper`.
+
+        Arguments
+        ---------
+        table : pandas.DataFrame
+            As `dump_text`.
+
+        Returns
+        -------
+        int
+            Bytes of the disk that it will need.
+
+        Raises
+        ------
+        OSError, ValueError
+            As `curation.embeddings.EmbeddingWriter`.
+        """
+        return captions_writer(
+            self.hparams.save_folder,
+            TEXT,
+            table,
+            self.hparams.clap.d_proj,
+            self.text_settings(),
+        ).needed
+
     def dump_text(self, table):
         """Embed captions into the store `text_insper`.
 
@@ -171,7 +208,7 @@ class EmbeddingBrain(sb.Brain):
             self.embed_text,
             hparams.text_bs,
             hparams.clap.d_proj,
-            self.settings(**hparams.tokenizer.settings()),
+            self.text_settings(),
             self.device_type,
             noprogressbar=self.noprogressbar,
         )
@@ -392,13 +429,15 @@ def main(argv):
     dtype = AMPConfig.from_name(brain.precision).dtype
     pack_weights(hparams["clap"], dtype)
     # Captions are read before the hours that audio takes, in case they cannot
-    # be, but embedded after it: the fork of audio's loader processes gives
-    # freed buffers back (experiment.keep_freed_memory), and so has few to give.
-    table = None
+    # be, or their store not be made, but embedded after it: the fork of audio's
+    # loader processes gives freed buffers back (experiment.keep_freed_memory),
+    # and so has few to give.
+    table, reserved = None, 0
     if hparams["text_pathfile"]:
         table = read_captions(hparams["text_pathfile"], "text_pathfile")
+        reserved = brain.check_text(table)
     if hparams["audio_pathfile"]:
-        brain.dump_audio(read_audio_list(hparams["audio_pathfile"]))
+        brain.dump_audio(read_audio_list(hparams["audio_pathfile"]), reserved)
     if table is not None:
         brain.dump_text(table)
     experiment.finish()

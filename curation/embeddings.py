@@ -311,12 +311,14 @@ class EmbeddingWriter:
 
     The vectors of all items are written in place, into a memory-mapped array
     whose rows are the items; a byte for each tells whether that is done.
-    Several processes may write, each its own items.
+    Several processes may write, each its own items. Nothing is written before
+    `work` is called.
 
     Arguments
     ---------
-    folder, stem : str
-        Where the store goes and its name.
+    folder, stem, column : str
+        Where the store goes, its name, and what its rows are embeddings of, as
+        in `open_embeddings`.
     num_items : int
         Number of rows before anything is left out.
     size : int
@@ -325,9 +327,10 @@ class EmbeddingWriter:
         All that the vectors depend on but for rounding; plain values.
     replaces : bool
         Whether a store of other settings gives way to this one.
-    order : str
-        Hash of the items as they are numbered here, if `list` among the
-        settings is none of that: a store in the making has it there instead.
+    growing : dict
+        Further settings, of a store in the making alone.
+    reserved : int
+        Bytes of the disk that another store will need after this one.
 
     Raises
     ------
@@ -335,70 +338,100 @@ class EmbeddingWriter:
         The disk has not enough space.
     ValueError
         The folder holds this store, or part of it, of other settings; the
-        message names those that differ.
+        message names those that differ. Or a file of a store in the making is
+        not whole.
     """
 
     def __init__(
         self,
         folder,
         stem,
+        column,
         num_items,
         size,
         settings,
         replaces=False,
-        order=None,
+        growing=None,
+        reserved=0,
     ):
         self.base = os.path.join(folder, stem)
         self.settings = {**settings, "size": size}
+        self.growing = self.settings | (growing or {})
         self.replaces = replaces
-        self.finished = self._check(
-            f"{self.base}.json", self.settings
-        ) and os.path.exists(f"{self.base}_embeddings.npy")
-        record = f"{self.base}.partial.json"
-        if self.finished and if_main_process():
-            # Of a process that was killed while it tidied up.
-            self.remove_partial()
-        if self.finished or num_items == 0:
+        self.files = {
+            f"{self.base}.partial.rows.npy": (np.float16, (num_items, size)),
+            f"{self.base}.partial.fate.npy": (np.uint8, (num_items,)),
+            f"{self.base}.partial.at.npy": (np.float64, (num_items,)),
+        }
+        self.needed, self.flaw, self.begun = 0, None, False
+        self.finished = self._check(f"{self.base}.json", self.settings)
+        if self.finished:
+            try:
+                open_embeddings(folder, stem, column)
+            except (OSError, ValueError) as error:
+                self.finished, self.flaw = False, error
+        if self.finished:
+            if if_main_process():
+                # Of a process that was killed while it tidied up.
+                self.remove_partial()
             return
-        paths = [f"{self.base}.partial.{k}.npy" for k in ("rows", "fate", "at")]
-        growing = self.settings | ({} if order is None else {"list": order})
-        if not self._check(record, growing) and if_main_process():
-            os.makedirs(folder, exist_ok=True)
-            kinds = (
-                (np.float16, (num_items, size)),
-                (np.uint8, (num_items,)),
-                (np.float64, (num_items,)),
-            )
+        record = f"{self.base}.partial.json"
+        self.begun = self._check(record, self.growing)
+        if self.begun:
+            for path, (_, shape) in self.files.items():
+                _check_whole(path, shape, record)
+        elif if_main_process():
             # Twice: these rows, and those of the finished store.
-            _check_space(folder, 2 * 2 * num_items * size)
-            for path, (dtype, shape) in zip(paths, kinds):
-                np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
-                _take_space(path)
-            write_json({"settings": growing}, record)
-        ddp_barrier()
-        self.rows, self.fate, self.at = (np.load(p, "r+") for p in paths)
+            rows = 2 * num_items * size
+            self.needed = 2 * rows
+            os.makedirs(folder, exist_ok=True)
+            _check_space(folder, max(self.needed, rows + reserved))
 
     def _check(self, path, settings):
         """Whether a record is there, of the same settings."""
         if not os.path.exists(path):
             return False
         found = read_record(path, ("settings",))["settings"]
-        different = [
-            f"{key} ({found.get(key)} there, {settings.get(key)} now)"
+        different = {
+            key: f"{key} ({found.get(key)} there, {settings.get(key)} now)"
             for key in sorted(found.keys() | settings.keys())
             if found.get(key) != settings.get(key)
-        ]
+        }
+        listed = ", ".join(different.values())
         if different and self.replaces:
-            logger.info("%s is replaced: %s", path, ", ".join(different))
+            logger.info("%s is replaced: %s", path, listed)
             return False
         if different:
+            advice = "Use"
+            if list(different) == ["windows"]:
+                advice = (
+                    "Audio files appeared, vanished or changed since: have "
+                    "them as they were, use"
+                )
             raise ValueError(
-                f"{path} is of other embeddings: {', '.join(different)}. Use "
-                "another output folder, or delete this one"
+                f"{path} is of other embeddings: {listed}. {advice} another "
+                "output folder, or delete this one"
             )
         return True
 
-    def work(self, batch_size, unit, noprogressbar=False):
+    def _begin(self):
+        """Open what the store grows from; the main process makes it."""
+        if self.flaw:
+            logger.warning(
+                "%s is embedded again, since it cannot be opened: %s",
+                self.base,
+                self.flaw,
+            )
+        if not self.begun and if_main_process():
+            self.remove_partial()
+            for path, (dtype, shape) in self.files.items():
+                np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
+                _take_space(path)
+            write_json({"settings": self.growing}, f"{self.base}.partial.json")
+        ddp_barrier()
+        self.rows, self.fate, self.at = (np.load(p, "r+") for p in self.files)
+
+    def work(self, batch_size, unit, noprogressbar=False, order=None):
         """What this process has to do, and a progress bar for it.
 
         Which items share a batch depends neither on what is done already nor
@@ -412,6 +445,9 @@ class EmbeddingWriter:
             What an item is, for the bar.
         noprogressbar : bool
             Whether to show none.
+        order : list of int
+            All items, those next to each other that are to share batches; by
+            default as they are numbered.
 
         Returns
         -------
@@ -419,10 +455,11 @@ class EmbeddingWriter:
             Lists of items that are still to do, and a tqdm bar over the items
             of this process.
         """
-        count = len(self.fate)
+        self._begin()
+        order = range(len(self.fate)) if order is None else order
         batches = [
-            list(range(i, min(i + batch_size, count)))
-            for i in range(0, count, batch_size)
+            list(order[i : i + batch_size])
+            for i in range(0, len(order), batch_size)
         ]
         if torch.distributed.is_initialized():
             rank = torch.distributed.get_rank()
@@ -602,6 +639,36 @@ def _arrived(batch, vectors, arrived):
     return batch, vectors
 
 
+def captions_writer(folder, stem, table, size, settings, replaces=False):
+    """A writer of a store of captions, each distinct one an item.
+
+    Made before other work, it tells what is in the way of that store.
+
+    Arguments
+    ---------
+    folder, stem, table, size, settings, replaces
+        As `dump_captions`.
+
+    Returns
+    -------
+    EmbeddingWriter
+
+    Raises
+    ------
+    OSError, ValueError
+        As `EmbeddingWriter`.
+    """
+    return EmbeddingWriter(
+        folder,
+        stem,
+        "caption",
+        table["caption"].nunique(),
+        size,
+        {**settings, "list": text_hash(table["caption"].tolist())},
+        replaces,
+    )
+
+
 def dump_captions(
     folder,
     stem,
@@ -643,24 +710,17 @@ def dump_captions(
     noprogressbar : bool
         Whether to show no progress.
     """
-    distinct = table["caption"].unique().tolist()
-    distinct = [c for _, c in sorted(zip(lengths(distinct), distinct))]
-    settings = {**settings, "list": text_hash(table["caption"].tolist())}
-    writer = EmbeddingWriter(
-        folder,
-        stem,
-        len(distinct),
-        size,
-        settings,
-        replaces,
-        order=text_hash(distinct),
-    )
+    writer = captions_writer(folder, stem, table, size, settings, replaces)
     if writer.finished:
         logger.info("%s is complete already", writer.base)
         return
     if device_type == "cpu":
         batch_size = min(batch_size, _CPU_CAPTIONS)
-    pending, bar = writer.work(batch_size, "caption", noprogressbar)
+    index, distinct = pd.factorize(table["caption"])
+    distinct = distinct.tolist()
+    rows = range(len(distinct))
+    order = [row for *_, row in sorted(zip(lengths(distinct), distinct, rows))]
+    pending, bar = writer.work(batch_size, "caption", noprogressbar, order)
     with bar:
         for rows, vectors in encoded(
             pending, lambda rows: encode([distinct[i] for i in rows])
@@ -677,8 +737,6 @@ def dump_captions(
                 "the right weights? Or give another --precision and output "
                 "folder"
             )
-        place = pd.Series(range(len(distinct)), index=distinct)
-        index = place[table["caption"]].to_numpy()
         writer.finish(index, table, {"distinct": len(distinct)})
         logger.info(
             "%s: %d captions, %d of them distinct",
@@ -726,6 +784,23 @@ def read_captions(path, flag):
         raise ValueError(f"--{flag}={path} has no captions")
     columns = [c for c in ("ID", "wav_path", "caption") if c in table]
     return table[columns]
+
+
+def _check_whole(path, shape, record):
+    """Raise if an array of a store in the making is not all there.
+
+    NumPy fills one that is too short with zeros, when it may write to it.
+    """
+    problem = "it has another shape"
+    try:
+        if np.load(path, mmap_mode="r").shape == shape:
+            return
+    except (OSError, ValueError, EOFError) as error:
+        problem = error
+    raise ValueError(
+        f"{path} is not whole ({problem}): restore it, or delete {record} to "
+        "embed from the start"
+    )
 
 
 def _check_space(folder, needed):

@@ -1,5 +1,6 @@
 """Embedding runs by the real command line: alignment, resume, refusals."""
 
+import collections
 import contextlib
 import copy
 import hashlib
@@ -317,11 +318,72 @@ def test_what_was_changed_is_named(
     assert re.findall(r"(\w+) \([^()]* there, [^()]* now\)", message) == [name]
 
 
-def interrupt(*_):
+def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("seconds", [1.5, 5])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ssl_checkpoints_dir": "{}/weights"},
+        {"text_pathfile": "{}/captions.csv"},
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_captions_in_the_way_are_told_before_audio_is_embedded(
+    embed, changed, changes, finished, monkeypatch
+):
+    with (
+        monkeypatch.context() as stopped,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        if not finished:
+            stopped.setattr(EmbeddingWriter, "finish", interrupt)
+        embed(audio_pathfile=None)
+    changes = {k: v.replace("{}", str(changed)) for k, v in changes.items()}
+    with pytest.raises(ValueError, match=r"text_insper\S* is of other embedd"):
+        embed(**changes)
+    save = changed / "run" / "save"
+    assert not [path for path in save.iterdir() if "audio" in path.name]
+
+
+def test_both_stores_need_their_place_before_audio_is_embedded(
+    embed, monkeypatch, tmp_path
+):
+    """Of 40 clips and 4 captions, then 40."""
+    row = 2 * NETWORK["d_proj"]
+
+    def fill(free):
+        usage = collections.namedtuple("Usage", "free")(free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+
+    def begin(**changes):
+        with pytest.raises(KeyboardInterrupt):
+            embed(**changes)
+
+    monkeypatch.setattr(EmbeddingWriter, "_begin", interrupt)
+    for free, changes in (
+        (2 * 4 * row, {"audio_pathfile": None}),
+        (2 * 40 * row, {"text_pathfile": None}),
+        (2 * 40 * row, {}),
+    ):
+        fill(free)
+        begin(**changes)
+        fill(free - 1)
+        with pytest.raises(OSError, match="free some, or give another"):
+            embed(**changes)
+    fill(1e6)
+    many = pd.DataFrame({"caption": [str(i) for i in range(40)]})
+    many.to_csv(tmp_path / "many.csv", index=False)
+    many = {"text_pathfile": tmp_path / "many.csv"}
+    fill(3 * 40 * row)
+    begin(**many)
+    fill(3 * 40 * row - 1)
+    with pytest.raises(OSError, match="free some, or give another"):
+        embed(**many)
+
+
+@pytest.mark.parametrize("seconds", [1.5, 5, None])
 def test_a_file_of_another_length_has_other_windows(
     embed, world, tmp_path, monkeypatch, seconds
 ):
@@ -336,9 +398,39 @@ def test_a_file_of_another_length_has_other_windows(
         stopped.setattr(EmbeddingWriter, "finish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             embed(**flags)
-    write_noise(tmp_path / "copy" / "20, $x.wav", seconds, 16000)
-    with pytest.raises(ValueError, match=r"other embeddings: list \("):
+    path = tmp_path / "copy" / "20, $x.wav"
+    path.rename(tmp_path / "away")
+    if seconds is not None:
+        write_noise(path, seconds, 16000)
+    message = r"other embeddings: windows \([^()]*\)\. Audio files appeared"
+    with pytest.raises(ValueError, match=message):
         embed(**flags)
+    with pytest.raises(ValueError, match=r"windows_per_clip \(") as caught:
+        embed(**flags | {"windows_per_clip": "mean"})
+    assert "Audio files" not in str(caught.value)
+    (tmp_path / "away").rename(path)
+    embed(**flags)
+
+
+def test_all_windows_are_kept_when_a_file_is_put_back(
+    embed, world, tmp_path, capsys
+):
+    """As centre windows are: what the store lacks is told."""
+    shutil.copytree(world, tmp_path / "copy")
+    flags = {
+        "audio_pathfile": tmp_path / "copy" / "list.txt",
+        "text_pathfile": None,
+        "windows_per_clip": "all",
+    }
+    path = tmp_path / "copy" / "20, $x.wav"
+    path.rename(tmp_path / "away")
+    save = embed(**flags)
+    before = (save / "audio_audioset.csv").read_bytes()
+    (tmp_path / "away").rename(path)
+    capsys.readouterr()
+    embed(**flags)
+    assert "lacks 3 files" in "".join(capsys.readouterr())
+    assert (save / "audio_audioset.csv").read_bytes() == before
 
 
 @pytest.fixture
@@ -421,16 +513,16 @@ def test_nothing_that_can_be_read(embed, tmp_path):
 
 def test_items_that_nobody_embedded_are_not_forgotten(tmp_path):
     def writer():
-        return EmbeddingWriter(tmp_path, "x", 5, 2, {"weights": "a"})
+        new = EmbeddingWriter(tmp_path, "x", "caption", 5, 2, {"weights": "a"})
+        return new, new.work(5, "item", noprogressbar=True)[0]
 
-    half = writer()
+    half, _ = writer()
     half.write([0, 1, 4], torch.ones(3, 2))
     half.skip([2])
     table = pd.DataFrame({"caption": list("abcd")})
     with pytest.raises(RuntimeError, match="1 items of .*the first .* 3, were"):
         half.finish(np.array([0, 1, 3, 4]), table, {})
-    rest = writer()
-    [pending], _ = rest.work(5, "item", noprogressbar=True)
+    rest, [pending] = writer()
     assert pending == [0, 1, 2, 3, 4]
     rest.write([3], torch.ones(1, 2))
     rest.finish(np.array([0, 1, 3, 4]), table, {})
@@ -486,13 +578,72 @@ def test_what_a_killed_process_left_over_is_removed(embed):
     assert not list(save.glob("*.partial*"))
 
 
-def test_an_array_that_was_deleted_is_made_again(embed):
-    save = embed(text_pathfile=None)
-    path = save / "audio_audioset_embeddings.npy"
-    before = path.read_bytes()
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("audio_audioset_embeddings.npy", None, "does not exist"),
+        ("audio_audioset_embeddings.npy", 0, "is not a whole .npy file"),
+        ("audio_audioset_embeddings.npy", -10, "is not a whole .npy file"),
+        ("audio_audioset.csv", None, "audio_audioset.csv is missing"),
+        ("text_insper_embeddings.npy", -10, "is not a whole .npy file"),
+        ("text_insper.csv", None, "has no manifest"),
+        ("text_insper.csv", -10, "text_insper.csv"),
+    ],
+)
+def test_a_store_that_cannot_be_opened_is_made_again(
+    embed, capsys, name, damage, reason
+):
+    save = embed()
+    before = contents(save)
+    path = save / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage is not None:
+        path.write_bytes(content[:damage])
+    capsys.readouterr()
+    embed()
+    log = "".join(capsys.readouterr())
+    assert log.count("is embedded again, since it cannot be opened") == 1
+    assert reason in log
+    assert contents(save) == before
+
+
+@pytest.mark.parametrize("kind", ["rows", "fate", "at"])
+@pytest.mark.parametrize("end", [None, 0, -1])
+def test_a_store_in_the_making_that_lost_a_file(
+    embed, monkeypatch, tmp_path, kind, end
+):
+    with monkeypatch.context() as stopped:
+        stopped.setattr(EmbeddingWriter, "finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            embed(text_pathfile=None)
+    save = tmp_path / "run" / "save"
+    path = save / f"audio_audioset.partial.{kind}.npy"
+    content = path.read_bytes()
+    path.unlink()
+    if end is not None:
+        path.write_bytes(content[:end])
+    message = rf"^{path} is not whole .* delete (\S*\.partial\.json) to embed"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message) as caught:
+            embed(text_pathfile=None)
+    os.remove(re.match(message, str(caught.value))[1])
+    embed(text_pathfile=None)
+    assert not list(save.glob("*.partial*"))
+
+
+def test_an_empty_record_of_a_store_in_the_making(embed, monkeypatch, tmp_path):
+    with monkeypatch.context() as stopped:
+        stopped.setattr(EmbeddingWriter, "finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            embed(text_pathfile=None)
+    path = tmp_path / "run" / "save" / "audio_audioset.partial.json"
+    path.write_bytes(b"")
+    message = f"^{path} .*: delete it to embed from the start$"
+    with pytest.raises(ValueError, match=message):
+        embed(text_pathfile=None)
     path.unlink()
     embed(text_pathfile=None)
-    assert path.read_bytes() == before
 
 
 def test_a_resumed_run_does_not_choose_its_precision_again(embed, monkeypatch):
@@ -552,7 +703,7 @@ def test_lengths_are_numbers_of_tokens(text_model, monkeypatch, at_once):
     assert tokenize.lengths(captions) == [3, 4, 7, 2, 5]
 
 
-def test_a_store_in_the_making_of_another_order_is_not_gone_on_with(tmp_path):
+def test_a_store_in_the_making_may_go_on_in_another_order(tmp_path):
     table = pd.DataFrame({"caption": ["long", "b b", "c"]})
 
     def dump(lengths, encode):
@@ -568,9 +719,10 @@ def test_a_store_in_the_making_of_another_order_is_not_gone_on_with(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         dump(words_of, encode)
-    with pytest.raises(ValueError, match="partial.json is .* list"):
-        dump(lambda captions: map(len, captions), encode)
-    dump(words_of, lambda captions: 2 * torch.ones(1, 2))
+    dump(
+        lambda captions: [-n for n in words_of(captions)],
+        lambda captions: 2 * torch.ones(1, 2),
+    )
     rows = open_embeddings(tmp_path, "x", "caption").vectors[:, 0].tolist()
     assert rows == [1, 2, 1]
 
@@ -1040,11 +1192,13 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_work(small_disk):
-    settings = {"weights": "a"}
+    def writer(count):
+        return EmbeddingWriter(small_disk, "x", "caption", count, 20, {})
+
     with pytest.raises(OSError, match=r"need 0\.\d+ GB .*--output_folder"):
-        EmbeddingWriter(small_disk, "audio", 1000, 20, settings)
+        writer(1000)
     assert not list(small_disk.iterdir())
-    EmbeddingWriter(small_disk, "audio", 100, 20, settings)
+    writer(100).work(8, "caption", noprogressbar=True)
 
 
 def test_a_disk_that_fills_leaves_no_half_csv(small_disk):
@@ -1109,7 +1263,8 @@ def test_a_kill_leaves_no_vectors_beside_other_captions(
 
 def test_a_store_in_the_making_has_its_place_on_the_disk(tmp_path):
     """Or a memory map would find the disk full, which kills the process."""
-    EmbeddingWriter(tmp_path, "x", 1000, 50, {"weights": "a"})
+    writer = EmbeddingWriter(tmp_path, "x", "caption", 1000, 50, {})
+    writer.work(8, "caption", noprogressbar=True)
     for kind, size in (("rows", 100_000), ("fate", 1000), ("at", 8000)):
         found = (tmp_path / f"x.partial.{kind}.npy").stat()
         assert found.st_blocks * 512 >= size
