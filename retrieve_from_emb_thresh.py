@@ -79,8 +79,8 @@ class PairSink:
 
     Attributes
     ----------
-    pairs, clips : int
-        Numbers so far.
+    pairs, audios : int
+        Numbers so far, of pairs and of the audio rows in them.
     kept : array of int
         (text rows,) pairs of each caption.
     """
@@ -93,7 +93,7 @@ class PairSink:
         if file is not None:
             self.captions = csv_cells(text.manifest["caption"])
             self.threads = ThreadPoolExecutor(_LINE_THREADS)
-        self.pairs, self.clips = 0, 0
+        self.pairs, self.audios = 0, 0
         self.kept = np.zeros(len(text), dtype=np.int64)
 
     def add(self, audio_rows, text_rows, similarities):
@@ -120,7 +120,7 @@ class PairSink:
                 )
             self._write(audio_rows, text_rows, similarities)
         self.pairs = total
-        self.clips += int(is_new.sum())
+        self.audios += int(is_new.sum())
         self.kept += np.bincount(text_rows, minlength=len(self.kept))
 
     def _write(self, *pairs):
@@ -556,12 +556,16 @@ def retrieve(audio, text, hparams, run_opts):
                     os.remove(f"{base}_report.{suffix}")
     if not is_main:
         return
+    paths = audio.manifest["wav_path"]
+    unit = "windows" if paths.duplicated().any() else "clips"
     if with_report:
         captions = text.manifest["caption"].tolist()
-        report = make_report(tally, len(audio), threshold, sink.kept, captions)
+        report = make_report(
+            tally, len(audio), threshold, sink.kept, captions, unit
+        )
         report["kept"] = {
             "pairs": sink.pairs,
-            "clips": sink.clips,
+            unit: sink.audios,
             "captions": int((sink.kept > 0).sum()),
         }
         write_json(report, f"{base}_report.json")
@@ -575,9 +579,10 @@ def retrieve(audio, text, hparams, run_opts):
             tally.highest,
         )
     logger.info(
-        "%d pairs of %d clips and %d captions at the threshold %g. See %s",
+        "%d pairs of %d %s and %d captions at the threshold %g. See %s",
         sink.pairs,
-        sink.clips,
+        sink.audios,
+        unit,
         (sink.kept > 0).sum(),
         threshold,
         f"{base}_report.png" if dry_run else path,
@@ -591,7 +596,7 @@ def main(argv):
     for key in ("precision", "eval_precision", "auto_mix_prec"):
         if key in options:
             raise SystemExit(f"--{key}: give --search_precision to this script")
-    if "emb_dir" not in overrides:
+    if not os.path.isdir(overrides.get("emb_dir") or ""):
         raise SystemExit(
             "Name the embeddings: --emb_dir=<output_folder>/save of "
             "microsoft_curation_toemb.py"

@@ -10,7 +10,7 @@ TOP_CAPTIONS = 20
 _LABEL_LENGTH = 72  # characters of a caption in the picture
 
 
-def make_report(tally, num_audio, threshold, kept, captions):
+def make_report(tally, num_audio, threshold, kept, captions, unit="clips"):
     """Gather the figures of a search.
 
     Arguments
@@ -26,12 +26,15 @@ def make_report(tally, num_audio, threshold, kept, captions):
         (captions,) pairs kept with each caption, limits applied.
     captions : list of str
         (captions,).
+    unit : str
+        What an audio row is: clips, or windows if a clip may have several.
 
     Returns
     -------
     dict
         For a JSON file. `curve` holds, for each threshold from 0 to 1, the
-        pairs that reach it and the clips and captions in them, before limits;
+        pairs that reach it and the clips (or windows, under that name) and
+        captions in them, before limits;
         from `exact_from` upwards exact, and below up to those pairs that are
         within `margin` of the threshold. `histogram` has one edge more than
         counts; what rounding put above 1 is in its last bin.
@@ -56,7 +59,7 @@ def make_report(tally, num_audio, threshold, kept, captions):
         "curve": {
             "threshold": EDGES[chosen].tolist(),
             "pairs": pairs[chosen].tolist(),
-            "clips": curves["clips"][chosen].tolist(),
+            unit: curves["clips"][chosen].tolist(),
             "captions": curves["texts"][chosen].tolist(),
         },
         "histogram": {"edges": EDGES.tolist(), "counts": counts.tolist()},
@@ -112,8 +115,9 @@ def _draw_histogram(axes, report):
 def _draw_curve(axes, report):
     """What each threshold keeps."""
     curve = report["curve"]
-    for name in ("pairs", "clips", "captions"):
-        axes.plot(curve["threshold"], curve[name], label=name)
+    thresholds, *counts = curve.items()
+    for name, count in counts:
+        axes.plot(thresholds[1], count, label=name)
     if any(curve["pairs"]):
         _count_in_powers(axes)
     axes.axvline(

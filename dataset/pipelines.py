@@ -69,13 +69,19 @@ class PairDataset(Dataset):
 
     def __init__(self, manifests, reader, seed):
         pairs = pd.concat(manifests, ignore_index=True)
+        pairs = pairs.reindex(columns=["wav_path", "start", "end", "caption"])
         # Arrays, not a list of dictionaries: workers share them, and a million
         # pairs take a tenth of the memory.
         self.wav_paths = pairs["wav_path"].to_numpy(dtype=object)
         self.captions = pairs["caption"].to_numpy(dtype=object)
-        self.clip_ids = pd.factorize(pairs["wav_path"])[0]
+        # Two windows of a recording are two clips: what is heard in one need
+        # not be in the other.
+        windows = pairs.groupby(
+            ["wav_path", "start", "end"], dropna=False, sort=False
+        )
+        self.clip_ids = windows.ngroup().to_numpy()
         self.caption_ids = pd.factorize(pairs["caption"])[0]
-        self.times = pairs.reindex(columns=["start", "end"]).to_numpy(float)
+        self.times = pairs[["start", "end"]].to_numpy(float)
         self.ends = np.cumsum([len(manifest) for manifest in manifests])
         self.reader = reader
         self.seed = seed

@@ -10,7 +10,6 @@ arXiv 1509.09308, section 4: Y = A' [(G g G') * (B' d B)] A.
 """
 
 import functools
-import os
 import typing
 
 import numba
@@ -23,9 +22,6 @@ from torch.autograd.function import once_differentiable
 PART_VALUES = 800_000
 # Channels of a tile that are transformed at once: the first cache holds them.
 _CHUNK = 64
-# Compiled code is kept beside this file, where that is allowed: Numba stops at
-# a place that it cannot write to.
-_KEEPS = os.access(os.path.dirname(os.path.abspath(__file__)), os.W_OK)
 
 
 class Axis(typing.NamedTuple):
@@ -142,7 +138,7 @@ def compiled(by_rows, by_columns):
 
     # Without liberties in the arithmetic (fastmath): which of a loop's versions
     # runs depends on where buffers are, and all must give the same.
-    @numba.njit(nogil=True, parallel=True, cache=_KEEPS)
+    @numba.njit(nogil=True, parallel=True, cache=True)
     def transform(
         source, at, target, to, first, count, rows, columns, channels
     ):

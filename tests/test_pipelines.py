@@ -84,21 +84,23 @@ def test_crops_go_by_seed_epoch_and_row(folder):
 
 
 def test_positives_are_equal_clips_and_captions(folder):
-    """Whichever set they are in."""
+    """Whichever set they are in; windows of a recording are clips."""
     manifests = [
         pairs(folder, [("a", "x"), ("a", "y"), ("b", "x"), ("c", "z")]),
         pairs(folder, [("b", "w", 1.0, 2.0), ("d", "y", 1.0, 2.0)]),
+        pairs(folder, [("b", "v", 1.0, 2.0), ("b", "u", 0.0, 1.0)]),
     ]
     data = dataset(*manifests)
     batch = PairCollator(lambda captions: {"text": captions})(
-        [data[1, row] for row in range(6)]
+        [data[1, row] for row in range(8)]
     )
     every = pd.concat(manifests)
     assert batch.tokens["text"] == every["caption"].tolist()
     clips = batch.wavs[:, 0] // 10000
-    assert clips.tolist() == [0, 0, 1, 2, 1, 3]
+    assert clips.tolist() == [0, 0, 1, 2, 1, 3, 1, 1]
+    windows = every[["wav_path", "start", "end"]].astype(str).sum(axis=1)
     for ids, values in (
-        (batch.clip_ids, every["wav_path"].to_numpy()),
+        (batch.clip_ids, windows.to_numpy()),
         (batch.caption_ids, every["caption"].to_numpy()),
     ):
         same = torch.from_numpy(values[:, None] == values)

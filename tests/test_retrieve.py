@@ -240,6 +240,25 @@ def test_limits_keep_the_best(run, naive, audio, monkeypatch):
     assert rows == expected_rows(best(by_audio, 1, 3), naive, audio)
 
 
+def test_windows_of_a_clip_are_counted_as_such(run, folder, naive, capsys):
+    manifest = pd.DataFrame(
+        {
+            "wav_path": [f"{i // 2}.wav" for i in range(50)],
+            "start": [5.0 * (i % 2) for i in range(50)],
+        }
+    )
+    store(folder, "audio_audioset", random_vectors(50, 0), manifest)
+    _, report = run(picture=True)
+    kept = over(naive, THRESHOLD)
+    count = len({a for a, _ in kept})
+    assert report["kept"]["windows"] == count
+    assert report["curve"]["windows"][40] == count
+    assert "clips" not in report["kept"] | report["curve"]
+    assert (
+        f"{len(kept)} pairs of {count} windows and" in capsys.readouterr().out
+    )
+
+
 def test_limits_count_equal_captions_once(run, folder, naive):
     """Rows 20 and 21 have the caption and the embedding of row 9."""
     vectors = random_vectors(30, 5)
