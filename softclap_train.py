@@ -31,7 +31,6 @@ import speechbrain as sb
 import torch
 
 import experiment
-from dataset.text import CaptionTokenizer
 from microsoft_clap_train import CLAPBrain, train
 from models.losses import soft_targets
 from models.weights import load_weights, state_hash
@@ -151,8 +150,9 @@ def check_teacher(hparams):
             f"{student.sample_rate} Hz: they must see the same crops"
         )
     if teacher.text_model != student.text_model:
-        own = CaptionTokenizer(teacher.text_model).settings()
-        if own["tokenizer"] != hparams["tokenizer"].settings()["tokenizer"]:
+        tokenizer = hparams["tokenizer"]
+        own = type(tokenizer)(teacher.text_model)
+        if own.settings()["tokenizer"] != tokenizer.settings()["tokenizer"]:
             raise SystemExit(
                 f"The teacher's text model, {teacher.text_model}, has other "
                 f"tokens than the student's, {student.text_model}: captions "
