@@ -37,7 +37,7 @@ import pandas as pd
 import yaml
 
 from dataset.audio import AUDIO_SUFFIXES, UNREAD_SUFFIXES
-from dataset.manifest import probe_audio, read_pairs
+from dataset.manifest import of_headers, probe_audio, read_pairs
 from files import read_table, write_csv, write_json
 
 logger = logging.getLogger(__name__)
@@ -181,9 +181,9 @@ def prepare_captions(
     curated = None
     if curation_csv:
         curated = _read_curated(curation_csv, data_curation_folder)
-    data = _hashes(pairs, curated)
+    hashes = _hashes(pairs, curated)
     if os.path.exists(record):
-        counts = _earlier_counts(save_folder, arguments, data)
+        counts = _earlier_counts(save_folder, arguments, hashes)
         if counts is not None:
             return counts
         # Were it left, a run that ends early would leave it beside files of
@@ -229,7 +229,7 @@ def prepare_captions(
         validated = len(curated) - len(kept)
         counts["curated"] = {**_totals(kept), **lost, "validated": validated}
     _log_counts(counts, skipped_csv)
-    write_json({"arguments": arguments, "data": data, "counts": counts}, record)
+    write_json({"arguments": arguments, **hashes, "counts": counts}, record)
     return counts
 
 
@@ -272,17 +272,44 @@ def _check_arguments(arguments):
 
 
 def _hashes(pairs, curated):
-    """Hash of what is listed in each data set and found of it on disk."""
+    """Hashes of what each data set lists, and of the sizes of its audio.
+
+    They are apart, since pairs are the same whatever becomes of their audio.
+    """
     tables = dict(tuple(pairs.groupby("dataset")))
     if curated is not None:
         tables["curation_csv"] = curated
+    paths = pd.concat([table["wav_path"] for table in tables.values()])
+    sizes = _sizes(paths.unique())
     return {
-        name: hashlib.sha256(table.to_csv(index=False).encode()).hexdigest()
-        for name, table in tables.items()
+        "data": {name: _hash(table) for name, table in tables.items()},
+        "audio": {
+            name: _hash(table["wav_path"].map(sizes))
+            for name, table in tables.items()
+        },
     }
 
 
-def _earlier_counts(save_folder, arguments, data):
+def _hash(table):
+    """Hash of the cells of a table."""
+    return hashlib.sha256(table.to_csv(index=False).encode()).hexdigest()
+
+
+def _sizes(paths):
+    """Bytes of each audio file, -1 where there is none."""
+
+    def size(path):
+        try:
+            return os.stat(path).st_size
+        except (OSError, ValueError):
+            return -1
+
+    # A bare name is none of a file.
+    paths = [path for path in paths if os.path.isabs(path)]
+    return dict(zip(paths, of_headers(size, paths, len(paths) < 1000)))
+
+
+def _earlier_counts(save_folder, arguments, hashes):
     """Counts of the run before if its files can be used again, else None.
 
     Raises
@@ -304,7 +331,7 @@ def _earlier_counts(save_folder, arguments, data):
     }
     if has_begun:
         # These do not change which pairs there are.
-        moved = _PLACES if earlier["data"] == data else ()
+        moved = _PLACES if earlier["data"] == hashes["data"] else ()
         for flag in ("max_bad_audio", *moved):
             changed.pop(flag, None)
         if changed:
@@ -328,7 +355,7 @@ def _earlier_counts(save_folder, arguments, data):
             return None
     counts = earlier["counts"]
     skipped_csv = os.path.join(save_folder, "skipped_audio.csv")
-    changed = _changes_of_data(earlier["data"], data, skipped_csv)
+    changed = _changes_of_data(earlier, hashes, skipped_csv)
     if not changed:
         logger.info(
             "Using the captions prepared in %s with the same arguments and "
@@ -359,8 +386,11 @@ def _changes_of_data(before, now, skipped_csv):
     """What is not as it was when the data was prepared, in words."""
     changed = [
         f"captions or audio files of {name}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
+        for name in sorted(before["data"].keys() | now["data"].keys())
+        if any(
+            before.get(kind, {}).get(name) != now[kind].get(name)
+            for kind in now
+        )
     ]
     skipped = read_table(skipped_csv)["wav_path"]
     usable, _ = _probe(skipped)

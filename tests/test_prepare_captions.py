@@ -828,7 +828,9 @@ def test_same_arguments_use_the_files_again(tmp_path, save, caplog):
         ("audio", "captions or audio files of audiocaps"),
         ("data set", "captions or audio files of new_index"),
         ("curated", "captions or audio files of curation_csv"),
-        ("mended", r"1 files of .*skipped_audio.csv .*/03\.wav"),
+        ("mended", r".* of csv, 1 files of .*skipped_audio.csv .*/03\.wav"),
+        ("removed", "captions or audio files of csv"),
+        ("replaced", "captions or audio files of csv"),
     ],
 )
 def test_changed_data_is_prepared_again_but_not_beside_checkpoints(
@@ -862,6 +864,10 @@ def test_changed_data_is_prepared_again_but_not_beside_checkpoints(
         text(data / "new_index.tsv", "unlisted.wav\tnew")
     elif change == "curated":
         curation_csv(tmp_path, ["audio/00.wav"])
+    elif change == "removed":
+        (tmp_path / "audio/04.wav").unlink()
+    elif change == "replaced":
+        wav(tmp_path / "audio/04.wav", 0.2)
     else:
         wav(tmp_path / "audio/03.wav")
     caplog.clear()
@@ -895,8 +901,9 @@ def test_a_run_with_checkpoints_keeps_its_pairs(tmp_path, save):
     other = text(tmp_path / "other.csv", "\n".join(lines[:-1]))
     with pytest.raises(ValueError, match=r"train_csv_path .* -> .*other.csv"):
         prepare_captions(save, train_csv_path=other)
-    # The same pairs, listed elsewhere.
+    # The same pairs, listed elsewhere, whatever became of their audio.
     moved = ready.rename(tmp_path / "moved.csv")
+    (tmp_path / "audio/00.wav").unlink()
     prepare_captions(save, train_csv_path=moved, max_bad_audio=0.5)
     assert files == {path: path.read_bytes() for path in save.glob("*.*")}
 
