@@ -64,11 +64,11 @@ CLOTHO_NAME = re.compile(
 )
 FSD50K_INFO = "{}_clips_info_FSD50K.json"
 
-# Stems of the annotation files of the official test splits.
+# What annotation files of the official test splits have in their stems.
 TEST_SPLITS = {
-    "audiocaps": "test",
-    "clotho": "clotho_captions_evaluation",
-    "fsd50k": "eval",
+    "audiocaps": re.compile("(^|[_-])test([_-]|$)", re.I),
+    "clotho": re.compile("evaluation"),
+    "fsd50k": re.compile("eval"),
 }
 
 # Arguments that say where data is.
@@ -613,12 +613,17 @@ def _collect_folder(folder, official_test_splits):
         frame = readers.get(dataset, _index)(path, found)
         if frame.empty:
             raise ValueError(f"{path} lists no clips")
-        stem = os.path.splitext(os.path.basename(path))[0]
-        is_test = TEST_SPLITS.get(dataset) == stem
+        is_test = _is_test_split(dataset, path)
         frame["dataset"] = dataset
         frame["held_out"] = is_test and not official_test_splits
         frames.append(frame)
     return frames
+
+
+def _is_test_split(dataset, path):
+    """Whether an annotation file is of an official test split."""
+    stem = os.path.splitext(os.path.basename(path))[0]
+    return dataset in TEST_SPLITS and bool(TEST_SPLITS[dataset].search(stem))
 
 
 # ---- One reader for each layout -------------------------------------------
@@ -807,11 +812,16 @@ def _read_index(path):
 
 def _fates(pairs):
     """Why each pair is left out, or "used", before its audio is looked at."""
+    held_out = pairs["held_out"]
+    if held_out.any():
+        # Other lists may have these recordings too.
+        real = _real(pairs["wav_path"])
+        held_out = real.isin(real[held_out])
     # Two windows of a recording are two examples.
-    same = ["wav_path", "caption", "held_out", "start", "end"]
+    same = ["wav_path", "caption", "start", "end"]
     same = [column for column in same if column in pairs]
     return np.select(
-        [pairs["held_out"], pairs["caption"] == "", pairs.duplicated(same)],
+        [held_out, pairs["caption"] == "", pairs.duplicated(same)],
         ["held_out", "no_caption", "duplicates"],
         "used",
     )

@@ -442,6 +442,47 @@ def test_official_test_splits(data, save, caplog, used):
     assert f"duplicate, {expected[1]} held out" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("stem", "is_test"),
+    [
+        ("Test", True),
+        ("audiocaps_test", True),
+        ("test-2024", True),
+        ("AudioCaps-TEST_v2", True),
+        ("latest", False),
+        ("testing", False),
+    ],
+)
+def test_names_of_the_test_split_of_audiocaps(data, save, stem, is_test):
+    text(data / "train.csv", HEADER + "1,a,30,x\n2,b,30,y\n")
+    text(data / f"{stem}.csv", HEADER + "3,c,30,z\n")
+    for name in "abc":
+        wav(data / f"{name}.wav")
+    counts = prepare_captions(save, data, official_test_splits=False)
+    assert counts["datasets"]["audiocaps"]["held_out"] == is_test
+
+
+def test_a_recording_of_a_test_split_is_held_out_of_every_list(
+    tmp_path, data, save
+):
+    clotho(data / "Clotho", "evaluation", ["d.wav"])
+    wav(data / "Clotho/evaluation/d.wav")
+    (data / "link.wav").symlink_to("Clotho/evaluation/d.wav")
+    listed = "../Clotho/evaluation/d.wav\tx\n../link.wav\ty\na.wav\tz\n"
+    text(data / "more/k_index.tsv", listed)
+    path = wav(data / "more/a.wav")
+    ready = ready_csv(tmp_path, clips=1, captions=1)
+    text(ready, ready.read_text() + "\ndata/link.wav,x\n")
+    counts = prepare_captions(save, data, ready, official_test_splits=False)
+    assert [found for _, found, _ in pairs(save)] == [
+        str(tmp_path / "audio/00.wav"),
+        path,
+    ]
+    held = {n: c["held_out"] for n, c in counts["datasets"].items()}
+    assert held == {"clotho": 5, "k_index": 2, "csv": 1}
+    assert prepare_captions(save, data, ready)["datasets"]["clotho"]["clips"]
+
+
 def test_links_to_folders_are_followed_without_going_round(
     tmp_path, data, save
 ):
