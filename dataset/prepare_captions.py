@@ -421,6 +421,8 @@ class _Found:
     foreign : dict
         Path of an annotation file -> a tuple of the folders of other data
         sets, where its audio is not.
+    held_out : set
+        Paths of the annotation files of test splits that are not used.
     """
 
     annotations: list = field(default_factory=list)
@@ -428,6 +430,7 @@ class _Found:
     audio: dict = field(default_factory=dict)
     unread: dict = field(default_factory=dict)
     foreign: dict = field(default_factory=dict)
+    held_out: set = field(default_factory=set)
 
     def locate(self, stems, near, folder=None):
         """Path of the audio file with the first of the stems that is there.
@@ -602,6 +605,12 @@ def _collect_folder(folder, official_test_splits):
             f"--data_annot_folder={folder}: nothing recognised in it or any "
             f"folder below. Looked for\n{LOOKED_FOR}"
         )
+    if not official_test_splits:
+        found.held_out = {
+            path
+            for dataset, path in found.annotations
+            if _is_test_split(dataset, path)
+        }
     readers = {
         "audiocaps": _audiocaps,
         "clotho": _clotho,
@@ -613,9 +622,8 @@ def _collect_folder(folder, official_test_splits):
         frame = readers.get(dataset, _index)(path, found)
         if frame.empty:
             raise ValueError(f"{path} lists no clips")
-        is_test = _is_test_split(dataset, path)
         frame["dataset"] = dataset
-        frame["held_out"] = is_test and not official_test_splits
+        frame["held_out"] = path in found.held_out
         frames.append(frame)
     return frames
 
@@ -685,13 +693,17 @@ def _fsd50k(path, found):
     """Pairs of an FSD50K ground truth: titles and descriptions."""
     split = os.path.splitext(os.path.basename(path))[0]
     info_name = FSD50K_INFO.format(split)
-    if info_name not in found.fsd50k_info:
+    if path in found.held_out:
+        captions = {}
+    elif info_name in found.fsd50k_info:
+        info = _nearest(found.fsd50k_info[info_name], path)
+        captions = _fsd50k_captions(info)
+    else:
         raise FileNotFoundError(
             f"{path} is there, but {info_name}, which has the captions, is in "
             "no folder of --data_annot_folder (the layout has it in "
             f"FSD50K.metadata/). Add it, or keep FSD50K out of the folder."
         )
-    captions = _fsd50k_captions(_nearest(found.fsd50k_info[info_name], path))
     folder = f"FSD50K.{split}_audio"
     return _pairs_frame(
         [

@@ -674,6 +674,19 @@ def test_fsd50k_without_its_metadata(data, save):
         prepare_captions(save, data)
 
 
+def test_metadata_of_a_split_that_is_held_out_is_not_needed(data, save):
+    spare(data)
+    fsd50k(data, "eval", {"1": ("x", "y")})
+    (data / "FSD50K.metadata/eval_clips_info_FSD50K.json").unlink()
+    path = wav(data / "FSD50K.eval_audio/1.wav")
+    text(data / "k_index.tsv", f"{path}\theld out\na.wav\tz\n")
+    used = wav(data / "a.wav")
+    prepare_captions(save, data, official_test_splits=False)
+    assert pairs(save) == [("k_index", used, "z")]
+    with pytest.raises(FileNotFoundError, match="eval_clips_info_FSD50K"):
+        prepare_captions(save, data)
+
+
 def test_ready_csv_without_captions_names_its_flag(tmp_path, save):
     ready = text(tmp_path / "r.csv", "wav_path,text\na.wav,x\n")
     with pytest.raises(ValueError, match=r"--train_csv_path=.*caption"):
