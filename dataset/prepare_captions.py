@@ -75,6 +75,12 @@ TEST_SPLITS = {
 _PLACES = ("data_annot_folder", "train_csv_path")
 _PLACES += ("curation_csv", "data_curation_folder")
 
+# The end of a start time that is a whole number, written as a float.
+WHOLE_AS_FLOAT = re.compile(r"(?<=\d)\.0+$")
+
+# What stands in YAML for no text; the last is Python's.
+NO_SENTENCE = ("null", "Null", "NULL", "~", "None")
+
 # A link goes with its text, which is nearly always an address or a name.
 HTML_LINK = re.compile(
     r"<a\b[^>]*>.*?</a>|(?:https?://|www\.)[^\s\"'<>]+", re.I | re.S
@@ -642,7 +648,9 @@ def _audiocaps(path, found):
     pairs = []
     for _, video, start, caption in _read_cells(path, AUDIOCAPS_COLUMNS):
         clip = f"{video}_{start}"
-        stems = (clip, f"Y{clip}", video, f"Y{video}")
+        # pandas makes 30.0 of 30 where another start is missing.
+        names = dict.fromkeys((clip, WHOLE_AS_FLOAT.sub("", clip), video))
+        stems = [prefix + name for name in names for prefix in ("", "Y")]
         pairs.append((found.locate(stems, path) or clip, caption))
     return _pairs_frame(pairs)
 
@@ -678,7 +686,9 @@ def _macs(path, found):
             stem = os.path.splitext(name)[0]
             wav_path = found.locate((stem,), path) or name
             for annotation in clip["annotations"]:
-                pairs.append((wav_path, annotation["sentence"]))
+                sentence = annotation["sentence"]
+                caption = "" if sentence in NO_SENTENCE else sentence
+                pairs.append((wav_path, caption))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     except (KeyError, TypeError) as error:

@@ -133,6 +133,17 @@ def test_audiocaps_as_a_spreadsheet_writes_it(data, save):
     assert pairs(save) == [("audiocaps", path, "a, b")]
 
 
+def test_audiocaps_starts_as_pandas_writes_them(data, save):
+    """Where one is missing, whole numbers become floats."""
+    rows = "1,a,30.0,x\n2,b,0.0,y\n3,c,70.0,z\n4,d,,w\n"
+    text(data / "train.csv", HEADER + rows)
+    names = ("a_30.wav", "Yb_0.wav", "c_70.0.wav", "d.wav")
+    paths = [wav(data / name) for name in names]
+    wav(data / "c_70.wav")
+    prepare_captions(save, data)
+    assert [path for _, path, _ in pairs(save)] == sorted(paths)
+
+
 def test_audiocaps_takes_no_audio_of_other_data_sets(data, save):
     rows = "1,aaaaaaaaaaa,30,x\n2,bbbbbbbbbbb,0,y\n3,ccccccccccc,0,z\n"
     text(data / "AudioCaps/csv/train.csv", HEADER + rows)
@@ -254,6 +265,21 @@ def test_macs_text_stays_text(data, save):
     ]
     assert skipped(save) == {"park-2.wav": "missing"}
     assert counts["datasets"]["macs"]["missing"] == 1
+
+
+def test_macs_null_is_no_caption(data, save):
+    spare(data)
+    nulls = ("null", "NULL", "~", "", "None")
+    text(
+        data / "MACS.yaml",
+        "files:\n- filename: a.wav\n  annotations:\n"
+        + "".join(f"  - sentence: {null}\n" for null in nulls)
+        + "  - sentence: None of the birds sing\n",
+    )
+    path = wav(data / "a.wav")
+    counts = prepare_captions(save, data)
+    assert pairs(save) == [("macs", path, "None of the birds sing")]
+    assert counts["datasets"]["macs"]["no_caption"] == len(nulls)
 
 
 def fsd50k(folder, split, clips, metadata="FSD50K.metadata"):
