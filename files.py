@@ -32,7 +32,8 @@ def written_whole(path):
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.remove(partial)
-        if isinstance(error, OSError) and error.filename in (None, partial):
+        is_own = isinstance(error, OSError) and error.__cause__ is None
+        if is_own and error.filename in (None, partial):
             raise OSError(f"{path} cannot be written: {error}") from error
         raise
 

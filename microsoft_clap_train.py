@@ -28,7 +28,11 @@ from matplotlib.figure import Figure
 from speechbrain.dataio.dataloader import SaveableDataLoader
 from speechbrain.nnet.schedulers import update_learning_rate
 from speechbrain.utils import train_logger
-from speechbrain.utils.distributed import main_process_only, run_on_main
+from speechbrain.utils.distributed import (
+    if_main_process,
+    main_process_only,
+    run_on_main,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader
@@ -67,13 +71,17 @@ class CLAPBrain(sb.Brain):
     settings = ("seed", "batch_size", "grad_accumulation_factor")
     settings += ("base_lr", "final_lr", "lr_schedule", "warmup_steps")
     settings += ("max_grad_norm", "skip_nonfinite_grads")
-    settings += ("curation_prob", "short_audio", "text_prompt")
-    # The best checkpoint is chosen among all of the run's.
-    settings += ("use_zs_loader", "zs_dataset", "zs_valid_folds")
+    settings += ("curation_prob", "short_audio", "use_zs_loader")
+    # And what accuracies depend on, by which the best checkpoint is chosen.
+    zs_settings = ("zs_dataset", "zs_labels_path", "zs_valid_folds")
+    zs_settings += ("text_prompt",)
 
     def run_settings(self):
         """What a run keeps to its end: name -> number, text or list."""
-        settings = {name: getattr(self.hparams, name) for name in self.settings}
+        names = self.settings
+        if self.hparams.use_zs_loader:
+            names += self.zs_settings
+        settings = {name: getattr(self.hparams, name) for name in names}
         pairs = self.train_sampler.global_batch_size
         clap = self.hparams.clap
         return settings | {
@@ -215,7 +223,7 @@ class CLAPBrain(sb.Brain):
         if len(known) > self.hparams.max_bad_audio * num_clips:
             raise RuntimeError(
                 f"{len(known)} of {num_clips} audio files cannot be read, more "
-                "than the fraction max_bad_audio="
+                "than the fraction --max_bad_audio="
                 f"{self.hparams.max_bad_audio}. They are named above: mend or "
                 "remove them, or allow more."
             )
@@ -485,7 +493,7 @@ def check_flags(hparams):
     experiment.check_numbers(vars(hparams), fractions, 0, 1)
     # A negative one would turn gradients round.
     if not hparams.max_grad_norm > 0:
-        raise ValueError(
+        raise SystemExit(
             f"--max_grad_norm={hparams.max_grad_norm}: give a number over 0, "
             "and a large one, as 1e9, to leave gradients as they are"
         )
@@ -495,7 +503,7 @@ def check_flags(hparams):
     ):
         on, path = getattr(hparams, switch), getattr(hparams, data)
         if on and not path:
-            raise ValueError(f"--{switch}={on} needs --{data}")
+            raise SystemExit(f"--{switch}={on} needs --{data}")
         if path and not on:
             logger.warning("--%s is not used while --%s=%s", data, switch, on)
 
@@ -543,7 +551,7 @@ def make_train_loader(brain, manifests):
             hparams.grad_accumulation_factor,
         )
     if sampler.global_batch_size < 2:
-        raise ValueError(
+        raise SystemExit(
             "--batch_size=1: a pair is told from the others of its batch, and "
             "there are none. Give 2 or more"
         )
@@ -609,7 +617,7 @@ def make_zeroshot_set(brain):
     data = data.of_folds(hparams.zs_valid_folds, "zs_valid_folds")
     paths = data.clips["wav_path"]
     # Before an epoch of training, rather than after it.
-    _, unreadable = probe_audio(paths)
+    _, unreadable = probe_audio(paths, hides_bar=not if_main_process())
     brain.note_unreadable(unreadable, brain.zeroshot_unreadable, len(paths))
     loader = DataLoader(
         WindowDataset(paths, hparams.reader),

@@ -161,56 +161,44 @@ class EmbeddingBrain(sb.Brain):
                 "the time and can be read now: run the same command again"
             )
 
-    def text_settings(self):
-        """As `settings`, of captions."""
-        return self.settings(**self.hparams.tokenizer.settings())
-
-    def check_text(self, table):
-        """Raise if something is in the way of the store `text_insper`.
-
-        Arguments
-        ---------
-        table : pandas.DataFrame
-            As `dump_text`.
-
-        Returns
-        -------
-        int
-            Bytes of the disk that it will need.
-
-        Raises
-        ------
-        OSError, ValueError
-            As `curation.embeddings.EmbeddingWriter`.
-        """
-        return captions_writer(
-            self.hparams.save_folder,
-            TEXT,
-            table,
-            self.hparams.clap.d_proj,
-            self.text_settings(),
-        ).needed
-
-    def dump_text(self, table):
-        """Embed captions into the store `text_insper`.
+    def text_writer(self, table):
+        """A writer of the store `text_insper` (`captions_writer`).
 
         Arguments
         ---------
         table : pandas.DataFrame
             `caption`, and `ID` and `wav_path` where known.
+
+        Returns
+        -------
+        curation.embeddings.EmbeddingWriter
+        """
+        hparams = self.hparams
+        return captions_writer(
+            hparams.save_folder,
+            TEXT,
+            table,
+            hparams.clap.d_proj,
+            self.settings(**hparams.tokenizer.settings()),
+        )
+
+    def dump_text(self, writer, table):
+        """Embed captions into the store `text_insper`.
+
+        Arguments
+        ---------
+        writer, table
+            As `text_writer` returns and takes them.
         """
         hparams = self.hparams
         dump_captions(
-            hparams.save_folder,
-            TEXT,
+            writer,
             table,
             hparams.tokenizer.lengths,
             self.embed_text,
             hparams.text_bs,
-            hparams.clap.d_proj,
-            self.text_settings(),
             self.device_type,
-            noprogressbar=self.noprogressbar,
+            self.noprogressbar,
         )
 
 
@@ -411,8 +399,9 @@ def main(argv):
     experiment.check_choice(
         hparams, "windows_per_clip", ("centre", "mean", "all")
     )
-    if "eval_precision" in run_opts:
-        raise SystemExit("--eval_precision: give --precision to this script")
+    for key in ("eval_precision", "auto_mix_prec", "bfloat16_mix_prec"):
+        if key in run_opts:
+            raise SystemExit(f"--{key}: give --precision to this script")
     precision = hparams["precision"]
     if precision == "auto":
         precision = precision_of_folder(hparams["save_folder"])
@@ -432,14 +421,15 @@ def main(argv):
     # be, or their store not be made, but embedded after it: the fork of audio's
     # loader processes gives freed buffers back (experiment.keep_freed_memory),
     # and so has few to give.
-    table, reserved = None, 0
+    writer, reserved = None, 0
     if hparams["text_pathfile"]:
         table = read_captions(hparams["text_pathfile"], "text_pathfile")
-        reserved = brain.check_text(table)
+        writer = brain.text_writer(table)
+        reserved = writer.needed
     if hparams["audio_pathfile"]:
         brain.dump_audio(read_audio_list(hparams["audio_pathfile"]), reserved)
-    if table is not None:
-        brain.dump_text(table)
+    if writer is not None:
+        brain.dump_text(writer, table)
     experiment.finish()
 
 

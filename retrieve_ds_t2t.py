@@ -22,6 +22,7 @@ from speechbrain.utils.autocast import AMPConfig
 
 import experiment
 from curation.embeddings import (
+    captions_writer,
     dump_captions,
     open_embeddings,
     read_captions,
@@ -104,18 +105,22 @@ class CaptionBrain(sb.Brain):
                 why,
             )
         stem = f"{hparams.dataset}_t2t_corpus"
-        dump_captions(
+        writer = captions_writer(
             hparams.emb_dir,
             stem,
+            table,
+            hparams.clap.d_proj,
+            {**settings, "precision": self.eval_precision},
+            replaces=True,
+        )
+        dump_captions(
+            writer,
             table,
             hparams.tokenizer.lengths,
             self.embed_text,
             hparams.text_bs,
-            hparams.clap.d_proj,
-            {**settings, "precision": self.eval_precision},
             self.device_type,
-            replaces=True,
-            noprogressbar=self.noprogressbar,
+            self.noprogressbar,
         )
         return open_embeddings(hparams.emb_dir, stem, "caption")
 
@@ -171,12 +176,13 @@ def choose(similarities, captions, threshold, min_captions_per_class):
     )
     short = np.flatnonzero(counts < min_captions_per_class)
     free = np.flatnonzero(is_first & ~reach)
-    falling = np.argsort(
-        -similarities[np.ix_(free, short)], None, kind="stable"
-    )
-    for place in falling:
-        i, k = divmod(int(place), len(short))
-        i, k = int(free[i]), int(short[k])
+    # Other classes can take no more of a class's nearest ones than this.
+    most, places = len(short) * min_captions_per_class, []
+    for k in short.tolist():
+        falling = -similarities[free, k]
+        order = np.argsort(falling, kind="stable")[:most]
+        places += [(falling[i], int(free[i]), k) for i in order]
+    for _, i, k in sorted(places):
         if counts[k] < min_captions_per_class and i not in chosen:
             chosen[i] = k
             counts[k] += 1
@@ -248,7 +254,7 @@ def class_names(hparams):
         return names, texts
     if not path and hparams["dataset"] not in BUILT_IN_LABELS:
         raise ValueError(
-            f"dataset is '{hparams['dataset']}': give "
+            f"--dataset={hparams['dataset']}: give "
             f"{', '.join(BUILT_IN_LABELS)}, or the classes as --class_path"
         )
     labels = read_labels(path or BUILT_IN_LABELS[hparams["dataset"]])
@@ -294,8 +300,8 @@ def main(argv):
     report(similarities, rows, classes, labels, table["caption"])
     if not len(rows):
         raise RuntimeError(
-            f"No caption reaches sim_threshold={hparams['sim_threshold']}; the "
-            f"highest similarity is {similarities.max():.4f}"
+            f"No caption reaches --sim_threshold={hparams['sim_threshold']}: "
+            f"the highest similarity is {similarities.max():.4f}"
         )
     chosen = table.iloc[rows].reset_index(drop=True)
     chosen["class"] = [labels[k] for k in classes]

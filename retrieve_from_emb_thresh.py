@@ -593,7 +593,8 @@ def main(argv):
     """Retrieve as the command line says."""
     # Before the start, which drops options, and needs a place for its logs.
     _, options, overrides = experiment.parse_arguments(argv)
-    for key in ("precision", "eval_precision", "auto_mix_prec"):
+    keys = ("precision", "eval_precision", "auto_mix_prec")
+    for key in (*keys, "bfloat16_mix_prec"):
         if key in options:
             raise SystemExit(f"--{key}: give --search_precision to this script")
     if not os.path.isdir(overrides.get("emb_dir") or ""):

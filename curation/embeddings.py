@@ -365,6 +365,10 @@ class EmbeddingWriter:
         }
         self.needed, self.flaw, self.begun = 0, None, False
         self.finished = self._check(f"{self.base}.json", self.settings)
+        if os.path.exists(f"{self.base}_embeddings.npy") and not (
+            self.finished or os.path.exists(f"{self.base}.json")
+        ):
+            self.flaw = "it has no record"
         if self.finished:
             try:
                 open_embeddings(folder, stem, column)
@@ -418,7 +422,7 @@ class EmbeddingWriter:
         """Open what the store grows from; the main process makes it."""
         if self.flaw:
             logger.warning(
-                "%s is embedded again, since it cannot be opened: %s",
+                "%s is embedded again: %s",
                 self.base,
                 self.flaw,
             )
@@ -646,8 +650,10 @@ def captions_writer(folder, stem, table, size, settings, replaces=False):
 
     Arguments
     ---------
-    folder, stem, table, size, settings, replaces
-        As `dump_captions`.
+    folder, stem, size, settings, replaces
+        As `EmbeddingWriter`; the list of captions is added to the settings.
+    table : pandas.DataFrame
+        The manifest, with a column `caption`.
 
     Returns
     -------
@@ -670,17 +676,7 @@ def captions_writer(folder, stem, table, size, settings, replaces=False):
 
 
 def dump_captions(
-    folder,
-    stem,
-    table,
-    lengths,
-    encode,
-    batch_size,
-    size,
-    settings,
-    device_type,
-    replaces=False,
-    noprogressbar=False,
+    writer, table, lengths, encode, batch_size, device_type, noprogressbar=False
 ):
     """Make a store of captions.
 
@@ -689,8 +685,8 @@ def dump_captions(
 
     Arguments
     ---------
-    folder, stem : str
-        Where the store goes and its name.
+    writer : EmbeddingWriter
+        Of `captions_writer`, for the same table.
     table : pandas.DataFrame
         Its manifest, with a column `caption`.
     lengths : callable
@@ -699,18 +695,11 @@ def dump_captions(
         List of captions -> (captions, size) unit-norm.
     batch_size : int
         Captions a batch.
-    size : int
-        Values a vector.
-    settings : dict
-        As `EmbeddingWriter`; the list of captions is added to it.
     device_type : str
         Where they are encoded: a CPU takes 64 at once at most.
-    replaces : bool
-        As `EmbeddingWriter`.
     noprogressbar : bool
         Whether to show no progress.
     """
-    writer = captions_writer(folder, stem, table, size, settings, replaces)
     if writer.finished:
         logger.info("%s is complete already", writer.base)
         return

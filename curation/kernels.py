@@ -5,8 +5,9 @@ memory time and again and take longer than the product that they look through.
 They hold no lock of Python's, so that threads work side by side.
 """
 
-import numba
 import numpy as np
+
+from compiled import njit
 
 # Neighbours are often equal; an addition to the same place would wait for the
 # one before it.
@@ -15,7 +16,7 @@ _TALLIES = 8
 _LOOKED_AT = 64
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True)
 def reaching(product, rows, limit, hits):
     """Find the values that reach a limit.
 
@@ -50,7 +51,7 @@ def reaching(product, rows, limit, hits):
     return count
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True)
 def histogram(product, scale, lowest, counts, best_of_row, best_of_column):
     """Count values by bin, and find the highest of each row and column.
 
@@ -96,7 +97,7 @@ def histogram(product, scale, lowest, counts, best_of_row, best_of_column):
 
 
 # Sums may be taken in any order: see products.py for why none is rounded.
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@njit(nogil=True, fastmath={"reassoc", "contract"})
 def dots(a, b, a_rows, b_rows, out):
     """float64 dot products of pairs of rows.
 

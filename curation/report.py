@@ -115,9 +115,9 @@ def _draw_histogram(axes, report):
 def _draw_curve(axes, report):
     """What each threshold keeps."""
     curve = report["curve"]
-    thresholds, *counts = curve.items()
-    for name, count in counts:
-        axes.plot(thresholds[1], count, label=name)
+    for name, count in curve.items():
+        if name != "threshold":
+            axes.plot(curve["threshold"], count, label=name)
     if any(curve["pairs"]):
         _count_in_powers(axes)
     axes.axvline(

@@ -53,9 +53,9 @@ class Tally:
         """Add the counts of a search of the same texts for other audio."""
         self.margin = max(self.margin, other.margin)
         self.highest = max(self.highest, other.highest)
-        for name in ("_fast_bits", "_fast_pairs", "_fast_clips", "_pairs"):
+        names = ("_fast_bits", "_fast_pairs", "_fast_clips", "_pairs", "_clips")
+        for name in names:
             getattr(self, name)[:] += getattr(other, name)
-        self._clips += other._clips
         for name in ("_fast_texts", "_texts"):
             own = getattr(self, name)
             np.maximum(own, getattr(other, name), out=own)

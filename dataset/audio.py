@@ -33,6 +33,9 @@ NEAREST_KERNEL = 2**20
 # Integers of 32 bits that someone stored as floats are still taken. Beyond,
 # spectrograms overflow.
 LOUDEST = 2.0**31
+# Frames before those wanted that an MP3 decoder needs after a seek: its blocks
+# of 1152 borrow bits from several earlier ones, and overlap.
+_MP3_BEFORE = 16 * 1152
 # libsndfile's SF_COUNT_MAX: so many frames has what does not tell its length.
 _ENDLESS = 2**63 - 1
 
@@ -185,11 +188,13 @@ def _read(file, begin, end):
     # libsndfile takes several times as long to make the same floats.
     is_16_bit = file.subtype == "PCM_16"
     dtype = "int16" if is_16_bit else "float32"
+    before = min(_MP3_BEFORE, begin) if file.format == "MP3" else 0
     try:
-        file.seek(begin)
-        frames = file.read(end - begin, dtype=dtype, always_2d=True)
+        file.seek(begin - before)
+        frames = file.read(end - begin + before, dtype=dtype, always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise AudioError(f"cannot be decoded: {error}") from error
+    frames = frames[before:]
     if is_16_bit:
         frames = frames * np.float32(2**-15)
     # numpy's mean over so few is slow.

@@ -98,13 +98,15 @@ def _read_times(frame, source):
         )
 
 
-def probe_audio(paths):
+def probe_audio(paths, hides_bar=False):
     """Look into the header of every audio file.
 
     Arguments
     ---------
     paths : iterable of str
         Audio files; each distinct one is opened once.
+    hides_bar : bool
+        Whether to show no progress; of few files there is none.
 
     Returns
     -------
@@ -122,7 +124,7 @@ def probe_audio(paths):
             return str(error)
 
     paths = list(dict.fromkeys(paths))
-    results = of_headers(probe, paths, hides_bar=len(paths) < 1000)
+    results = of_headers(probe, paths, hides_bar or len(paths) < 1000)
     seconds = {p: r for p, r in zip(paths, results) if isinstance(r, float)}
     failed = {p: r for p, r in zip(paths, results) if isinstance(r, str)}
     return seconds, failed

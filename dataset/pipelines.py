@@ -20,9 +20,9 @@ class PairBatch:
     """Audio-caption pairs of one batch.
 
     `wavs` is (batch, samples), `tokens` a dict of (batch, length), `clip_ids`
-    and `caption_ids` are (batch,) integers, equal where the audio file or the
-    caption is the same. `unreadable` maps paths to reasons, for the files in
-    whose place other pairs stand.
+    and `caption_ids` are (batch,) integers, equal where the clip (file, start
+    and end) or the caption is the same. `unreadable` maps paths to reasons, for
+    the files in whose place other pairs stand.
     """
 
     wavs: torch.Tensor

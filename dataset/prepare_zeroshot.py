@@ -143,10 +143,10 @@ def prepare_zeroshot(
             f"{DATASET_FLAGS} is '{dataset}': give {', '.join(readers)}"
         )
     if esc10 and dataset != "esc":
-        raise ValueError(f"esc10 selects clips of ESC-50, not of '{dataset}'")
+        raise ValueError(f"--esc10 selects clips of ESC-50, not of '{dataset}'")
     if tut_part not in (*TUT_PARTS, "both"):
         raise ValueError(
-            f"tut_part is '{tut_part}': give development, evaluation or both"
+            f"--tut_part={tut_part}: give development, evaluation or both"
         )
     if not data_folder or not os.path.isdir(data_folder):
         raise FileNotFoundError(

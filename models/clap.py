@@ -106,7 +106,9 @@ def _first_token(module, inputs):
 
 
 class CLAP(nn.Module):
-    """Contrastive language-audio model.
+    """Contrastive language-audio model, of parameters in fp32.
+
+    For half precision, encode under `torch.autocast`.
 
     Arguments
     ---------

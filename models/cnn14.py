@@ -52,7 +52,7 @@ class LogMel(nn.Module):
             fmin=fmin,
             fmax=fmax,
         )
-        self.register_buffer("melW", torch.from_numpy(filterbank.T).clone())
+        self.register_buffer("melW", torch.from_numpy(filterbank.T.copy()))
         self.register_buffer(
             "window", torch.hann_window(window_size), persistent=False
         )

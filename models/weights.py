@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -77,8 +78,9 @@ class AtomicCheckpointer(Checkpointer):
             free = shutil.disk_usage(self.checkpoints_dir).free / 2**20
             raise OSError(
                 f"No checkpoint could be written to {self.checkpoints_dir}, "
-                f"where {free:.0f} MiB are free: {error}. Make room; the same "
-                "command goes on from the checkpoint before"
+                f"where {free:.0f} MiB are free: {error}. If the disk is full, "
+                "make room; log.txt has the command that goes on from the "
+                "checkpoint before"
             ) from error
         if checkpoint is not None:
             partial = checkpoint.path / _PARTIAL_META
@@ -152,7 +154,8 @@ def load_weights(
     melW = clap.audio_encoder.base.logmel_extractor.melW
     if recompute_mel:
         melW.copy_(computed_melW)
-    elif not torch.allclose(melW, computed_melW, atol=1e-6):
+    # Files of half precision round it.
+    elif not torch.allclose(melW, computed_melW, rtol=1e-2, atol=1e-6):
         logger.warning(
             "The mel filterbank of the loaded weights, which is kept, is not "
             "the one for %d Hz; recompute_mel takes that one instead.",
@@ -272,9 +275,13 @@ def read_state(path, flag):
         with torch.serialization.safe_globals(_ARRAY_TYPES):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise ValueError(f"{named} is not a weight file: {reason}") from error
+        # PyTorch goes on with advice to run what is in the file.
+        reason = re.split("[.:] |\n", str(error))[0] or repr(error)
+        raise ValueError(
+            f"{named} is no file of PyTorch that holds tensors alone: {reason}"
+        ) from error
     state = content.get("model", content) if isinstance(content, dict) else {}
+    state = state if isinstance(state, dict) else {}
     state = {
         name.removeprefix("module."): tensor
         for name, tensor in state.items()
@@ -283,17 +290,23 @@ def read_state(path, flag):
     }
     if not state:
         raise ValueError(f"{named} holds no parameters")
-    for part, kernel in zip(("real", "imag"), _dft_kernels()):
+    for i, part in enumerate(("real", "imag")):
         for name in [n for n in state if n.endswith(_DFT.format(part))]:
-            found = state.pop(name)
-            if found.shape != kernel.shape or not torch.allclose(
-                found.float(), kernel, atol=1e-4
-            ):
+            if not _is_dft(state.pop(name), i):
                 raise ValueError(
-                    f"{named}: {name} is not the DFT under a Hann window of "
-                    "1024 samples that this front end computes"
+                    f"{named}: {name} is not the DFT under a Hann window that "
+                    "this front end computes"
                 )
     return state
+
+
+def _is_dft(found, i):
+    """Whether a tensor is one of `_dft_kernels`, as well as its format can."""
+    size = found.shape[-1] if found.ndim else 0
+    if found.shape != (size // 2 + 1, 1, size):
+        return False
+    kernel = _dft_kernels(size)[i].to(found.dtype)
+    return torch.allclose(found.float(), kernel.float(), atol=1e-4)
 
 
 def export_microsoft(clap, path):
@@ -307,14 +320,15 @@ def export_microsoft(clap, path):
         Target; written beside and renamed.
     """
     state = {name: t.detach().cpu() for name, t in clap.state_dict().items()}
-    for part, kernel in zip(("real", "imag"), _dft_kernels()):
+    kernels = _dft_kernels(clap.window_size)
+    for part, kernel in zip(("real", "imag"), kernels):
         state[f"audio_encoder.base.{_DFT.format(part)}"] = kernel
     torch.save({"model": state}, f"{path}.partial")
     os.replace(f"{path}.partial", path)
 
 
-def _dft_kernels(size=1024):
-    """Real and imaginary DFT kernels under a Hann window, (513, 1, 1024)."""
+def _dft_kernels(size):
+    """Real and imaginary DFT kernels under a Hann window, (bins, 1, size)."""
     samples = torch.arange(size, dtype=torch.float64)
     # The product's remainder first: the angle of a large one is inexact.
     turns = torch.outer(samples[: size // 2 + 1], samples).remainder(size)
@@ -349,6 +363,16 @@ def _load_strict(module, state, path):
             f"{path} does not fit the model. Parameters {'; '.join(said)}. "
             "The network's settings (the key clap) must be those that the "
             "weights were trained with."
+        )
+    broken = [
+        name
+        for name, values in state.items()
+        if values.is_floating_point() and not values.isfinite().all()
+    ]
+    if broken:
+        raise ValueError(
+            f"{path} holds numbers that are not finite, in "
+            f"{', '.join(broken[:5])}: a training that failed?"
         )
     module.load_state_dict(state)
     logger.info("Loaded %d parameters from %s", len(state), path)

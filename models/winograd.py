@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from compiled import njit
+
 # Transformed inputs that each thread works on at once.
 PART_VALUES = 800_000
 # Channels of a tile that are transformed at once: the first cache holds them.
@@ -138,7 +140,7 @@ def compiled(by_rows, by_columns):
 
     # Without liberties in the arithmetic (fastmath): which of a loop's versions
     # runs depends on where buffers are, and all must give the same.
-    @numba.njit(nogil=True, parallel=True, cache=True)
+    @njit(nogil=True, parallel=True)
     def transform(
         source, at, target, to, first, count, rows, columns, channels
     ):

@@ -120,9 +120,20 @@ def class_scores(clips, classes):
     -------
     torch.Tensor
         (clips, classes) fp32.
+
+    Raises
+    ------
+    ValueError
+        A score is not finite: it would pass for a guess of the first class.
     """
     with torch.autocast(clips.device.type, enabled=False):
-        return clips @ classes.T
+        scores = clips @ classes.T
+    if not scores.isfinite().all():
+        raise ValueError(
+            "Similarities to the classes are not finite: the weights are "
+            "broken, or fp16 does not hold the network's values (--precision)"
+        )
+    return scores
 
 
 def bootstrap_interval(correct, confidence=0.95, resamples=10000, seed=0):

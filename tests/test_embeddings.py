@@ -24,6 +24,7 @@ import retrieve_ds_t2t
 from curation.embeddings import (
     SKIPPED,
     EmbeddingWriter,
+    captions_writer,
     check_same_weights,
     dump_captions,
     manifest_hash,
@@ -372,7 +373,6 @@ def test_both_stores_need_their_place_before_audio_is_embedded(
         fill(free - 1)
         with pytest.raises(OSError, match="free some, or give another"):
             embed(**changes)
-    fill(1e6)
     many = pd.DataFrame({"caption": [str(i) for i in range(40)]})
     many.to_csv(tmp_path / "many.csv", index=False)
     many = {"text_pathfile": tmp_path / "many.csv"}
@@ -535,17 +535,8 @@ def test_embeddings_that_are_not_finite(tmp_path):
 
     table = pd.DataFrame({"caption": ["rain", "a dog"]})
     with pytest.raises(RuntimeError, match="of 1 captions .* 'a dog'"):
-        dump_captions(
-            tmp_path,
-            "x",
-            table,
-            words_of,
-            encode,
-            2,
-            2,
-            {"weights": "a"},
-            "cpu",
-        )
+        writer = captions_writer(tmp_path, "x", table, 2, {"weights": "a"})
+        dump_captions(writer, table, words_of, encode, 2, "cpu")
     assert not (tmp_path / "x.json").exists()
 
 
@@ -588,6 +579,7 @@ def test_what_a_killed_process_left_over_is_removed(embed):
         ("text_insper_embeddings.npy", -10, "is not a whole .npy file"),
         ("text_insper.csv", None, "has no manifest"),
         ("text_insper.csv", -10, "text_insper.csv"),
+        ("text_insper.json", None, "it has no record"),
     ],
 )
 def test_a_store_that_cannot_be_opened_is_made_again(
@@ -603,7 +595,7 @@ def test_a_store_that_cannot_be_opened_is_made_again(
     capsys.readouterr()
     embed()
     log = "".join(capsys.readouterr())
-    assert log.count("is embedded again, since it cannot be opened") == 1
+    assert log.count("is embedded again: ") == 1
     assert reason in log
     assert contents(save) == before
 
@@ -686,7 +678,8 @@ def test_captions_are_encoded_once_each_by_number_of_tokens(tmp_path):
         return torch.tensor([[float(len(c)), 0] for c in captions])
 
     settings = {"weights": "a"}
-    dump_captions(tmp_path, "x", table, words_of, encode, 3, 2, settings, "cpu")
+    writer = captions_writer(tmp_path, "x", table, 2, settings)
+    dump_captions(writer, table, words_of, encode, 3, "cpu")
     assert calls == [["a", "long", "b b"], ["c c c", "d d d d"]]
     rows = open_embeddings(tmp_path, "x", "caption").vectors[:, 0].tolist()
     assert rows == [5, 4, 3, 4, 7, 5, 1]
@@ -708,9 +701,8 @@ def test_a_store_in_the_making_may_go_on_in_another_order(tmp_path):
 
     def dump(lengths, encode):
         settings = {"weights": "a"}
-        dump_captions(
-            tmp_path, "x", table, lengths, encode, 1, 2, settings, "cpu"
-        )
+        writer = captions_writer(tmp_path, "x", table, 2, settings)
+        dump_captions(writer, table, lengths, encode, 1, "cpu")
 
     def encode(captions):
         if captions == ["b b"]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchlibrosa
+from conftest import NETWORK
 from test_models import reference_cnn14, reference_logmel
 from transformers import AutoModel
 
@@ -207,6 +208,73 @@ def test_export_is_the_published_form(clap, tmp_path):
     assert exported.keys() == state.keys()
     for name, tensor in exported.items():
         torch.testing.assert_close(tensor, state[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_files_of_half_precision(clap, tmp_path, dtype, caplog):
+    """Their rounding is no other front end."""
+    state = {k: v.to(dtype) for k, v in microsoft_state(clap).items()}
+    torch.save({"model": state}, tmp_path / "half.pth")
+    load_weights(clap, clap_ckpt_path=str(tmp_path / "half.pth"))
+    own = clap.state_dict()
+    assert all(torch.equal(own[k], state[k].float()) for k in own)
+    assert "filterbank" not in caplog.text
+
+
+def test_export_of_another_window(text_model, tmp_path):
+    """Kernels have its size, as of PANNs' models for 16 kHz."""
+    network = NETWORK | {"window_size": 512, "hop_size": 160}
+    clap = CLAP(text_model=text_model, text_pretrained=False, **network)
+    path = str(tmp_path / "a.pth")
+    export_microsoft(clap, path)
+    state = torch.load(path, weights_only=True)["model"]
+    wavs = 0.1 * torch.randn(2, 16000)
+    real, imag = (
+        F.conv1d(
+            F.pad(wavs[:, None], (256, 256), "reflect"),
+            state[
+                "audio_encoder.base.spectrogram_extractor.stft."
+                f"conv_{part}.weight"
+            ],
+            stride=160,
+        )
+        for part in ("real", "imag")
+    )
+    power = (real**2 + imag**2).transpose(1, 2)
+    melW = state["audio_encoder.base.logmel_extractor.melW"]
+    expected = 10 * (power @ melW).clamp(min=1e-10).log10()
+    found = clap.audio_encoder.base.logmel_extractor(wavs)
+    torch.testing.assert_close(found.squeeze(), expected, rtol=0, atol=1e-2)
+    load_weights(clap, clap_ckpt_path=path)
+
+
+def test_weights_that_are_not_finite_are_refused(clap, tmp_path):
+    state = microsoft_state(clap)
+    state["audio_encoder.base.fc1.bias"][3] = math.nan
+    torch.save({"model": state}, tmp_path / "nan.pth")
+    with pytest.raises(ValueError, match=r"finite, in audio_.*fc1.bias"):
+        load_weights(clap, clap_ckpt_path=str(tmp_path / "nan.pth"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<html>", "holds tensors alone: Weights only load failed$"),
+        (b"", "is no file of PyTorch"),
+    ],
+)
+def test_files_of_other_kinds(tmp_path, content, message):
+    path = tmp_path / "a.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_state(str(path), "clap_ckpt_path")
+
+
+@pytest.mark.parametrize("model", [None, [1]])
+def test_a_file_without_parameters(tmp_path, model):
+    torch.save({"model": model}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="holds no parameters"):
+        read_state(str(tmp_path / "a.pth"), "clap_ckpt_path")
 
 
 def test_filterbank_of_the_file_wins_unless_recomputed(clap, pann_file):

@@ -155,6 +155,9 @@ def test_scores_under_autocast_are_those_without():
         scores = class_scores(clips, classes)
     expected = (clips.double() @ classes.double().T).float()
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
+    clips[7, 3] = torch.nan  # would be guessed to be of the first class
+    with pytest.raises(ValueError, match="are not finite: the weights"):
+        class_scores(clips, classes)
 
 
 @pytest.mark.parametrize("flag", ["precision", "eval_precision"])
