@@ -416,7 +416,7 @@ def test_folder_that_does_not_exist(folder):
             {"dataset": "esc50"},
             r"^--dataset \(--zs_dataset in training\) is 'esc50': give esc, us",
         ),
-        ({"dataset": "tut", "tut_part": "test"}, "tut_part is 'test'"),
+        ({"dataset": "tut", "tut_part": "test"}, "--tut_part=test: give"),
         ({"dataset": "us8k", "esc10": True}, "esc10 selects"),
     ],
 )
