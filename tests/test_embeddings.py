@@ -1099,6 +1099,18 @@ def test_other_captions_replace_the_scripts_own_store(
         assert "text_insper in" in capsys.readouterr().out
 
 
+def test_captions_of_a_broken_store_are_embedded_anew(
+    embed, choose_captions, capsys
+):
+    save = embed(audio_pathfile=None)
+    whole = choose_captions(save, sim_threshold=-1)
+    (save / "text_insper_embeddings.npy").unlink()
+    pd.testing.assert_frame_equal(
+        choose_captions(save, sim_threshold=-1), whole
+    )
+    assert "is not used (" in capsys.readouterr().out
+
+
 def test_the_table_of_classes(embed, choose_captions, clap, text_model, capsys):
     save = embed(audio_pathfile=None)
     similarities = naive_similarities(clap, text_model)
