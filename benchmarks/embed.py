@@ -145,9 +145,13 @@ def ours(folder, precision):
     table = script.read_captions(hparams["text_pathfile"], "text_pathfile")
     paths = script.read_audio_list(hparams["audio_pathfile"])
     save_folder, run = hparams["save_folder"], {}
+
+    def dump_text(captions):
+        brain.dump_text(brain.text_writer(captions), captions)
+
     for kind, dump, items in (
         ("audio", brain.dump_audio, paths),
-        ("text", brain.dump_text, table),
+        ("text", dump_text, table),
     ):
         brain.hparams.save_folder = f"{save_folder}/warm-up"
         dump(items[:ROWS])
