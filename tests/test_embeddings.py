@@ -1057,6 +1057,7 @@ def test_nothing_reaches_the_threshold(embed, choose_captions):
         ({"sim_threshold": 75}, "--sim_threshold=75: .* from -1 to 1"),
         ({"text_bs": 0}, "--text_bs=0"),
         ({"min_captions_per_class": 1.5}, "--min_captions_per_class=1.5"),
+        ({"dataset": "a/b"}, "--dataset=a/b: .* a name without /"),
         ({"bfloat16_mix_prec": True}, "give --precision"),
         ({"text_prompt": "[]"}, "--text_prompt=.*: give a text"),
     ],

@@ -460,10 +460,14 @@ def test_flags_that_make_no_sense(run):
     }.items():
         with pytest.raises(SystemExit, match=f"--{name}={value}: give "):
             run(**{name: value})
+    with pytest.raises(SystemExit, match="5 may give more than --max_pairs=3"):
+        run(target_pairs=5, max_pairs=3)
+    run(target_pairs=5, max_pairs=3, dry_run=True)
 
 
 @pytest.mark.parametrize("flag", [
-    {"precision": "bf16"}, {"eval_precision": "bf16"}, {"auto_mix_prec": True}
+    {"precision": "bf16"}, {"eval_precision": "bf16"}, {"auto_mix_prec": True},
+    {"bfloat16_mix_prec": True},
 ])  # fmt: skip
 def test_precisions_of_networks_are_refused(run, flag):
     [name] = flag
