@@ -459,6 +459,8 @@ def record_settings(brain, names, is_new):
         settings[f"{name}.csv"] = digest[:12]
     path = os.path.join(brain.checkpointer.checkpoints_dir, SETTINGS_FILE)
     record = {"training": settings, "network": hearing_of(hparams.clap)}
+    # As it will be read: tuples are lists there.
+    record = json.loads(json.dumps(record))
     if is_new:
         run_on_main(write_json, args=[record, path])
         return
