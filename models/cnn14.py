@@ -121,13 +121,16 @@ def channels_last(x):
     return x.squeeze(1).contiguous().unsqueeze(-1).permute(0, 3, 1, 2)
 
 
-def average_pool(x, size):
-    """Means of squares, as `torch.nn.functional.avg_pool2d`.
+def pooled_relu(x, size):
+    """Means of squares of what is positive.
+
+    As `torch.nn.functional.avg_pool2d` of `relu`, for which a GPU takes long
+    with channels last.
 
     Arguments
     ---------
     x : torch.Tensor
-        (batch, channels, time, mel), channels last.
+        (batch, channels, time, mel), channels last; may be overwritten.
     size : int
         Of a square.
 
@@ -136,18 +139,70 @@ def average_pool(x, size):
     torch.Tensor
         (batch, channels, time // size, mel // size).
     """
-    if x.is_cuda and not torch.compiler.is_compiling():
-        return _average_pool_on_gpu(x, size)
-    return F.avg_pool2d(x, size)
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return F.avg_pool2d(F.relu_(x), size)
+    if x.requires_grad:
+        return PooledReLU.apply(x, size)
+    return _squares(x.relu_(), size).mean((2, 4)).permute(0, 3, 1, 2)
 
 
-def _average_pool_on_gpu(x, size):
-    """The same, for which PyTorch's own takes long with channels last."""
+def _squares(x, size):
+    """A view (batch, time, size, mel, size, channels), the rest cut off."""
     height, width = (n // size * size for n in x.shape[2:])
-    # Channels come last before the cut, so that its gradient has them there.
     x = x.permute(0, 2, 3, 1)[:, :height, :width]
-    x = x.unflatten(1, (-1, size)).unflatten(3, (-1, size)).mean((2, 4))
-    return x.permute(0, 3, 1, 2)
+    return x.unflatten(1, (-1, size)).unflatten(3, (-1, size))
+
+
+class PooledReLU(torch.autograd.Function):
+    """`pooled_relu` that keeps a byte a value for its gradient.
+
+    PyTorch's two functions keep all values, and spread a gradient before they
+    take the positive ones' part of it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, size):
+        """(batch, channels, time, mel), int -> pooled, as `pooled_relu`."""
+        ctx.save_for_backward(x > 0)
+        ctx.size = size
+        return _squares(x.relu(), size).mean((2, 4)).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """The gradient of the values, 0 for those that were cut off."""
+        (positive,) = ctx.saved_tensors
+        size = ctx.size
+        spread = torch.empty_like(positive, dtype=grad.dtype)
+        height, width = (n * size for n in grad.shape[2:])
+        spread[:, :, height:] = 0
+        spread[..., width:] = 0
+        each = (grad / size**2).permute(0, 2, 3, 1)[:, :, None, :, None]
+        torch.where(
+            _squares(positive, size),
+            each,
+            each.new_zeros(()),
+            out=_squares(spread, size),
+        )
+        return spread, None
+
+
+def pooled_frames(x):
+    """Mean over the bands, then maximum plus mean over time.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        (batch, channels, time, mel).
+
+    Returns
+    -------
+    torch.Tensor
+        (batch, channels).
+    """
+    x = x.mean(dim=3)
+    # Not amax, whose gradient looks for the values that equal it: compiled, it
+    # compares unrounded ones with a rounded maximum, finds none, and is NaN.
+    return x.max(dim=2).values + x.mean(dim=2)
 
 
 class Dropout(nn.Dropout):
@@ -189,8 +244,8 @@ class ConvBlock(nn.Module):
     def forward(self, x, pool):
         """(batch, in, time, mel) -> (batch, out, time // pool, mel // pool)."""
         x = F.relu_(self.bn1(self.conv1(x)))
-        x = F.relu_(self.bn2(self.conv2(x)))
-        return average_pool(x, pool) if pool > 1 else x
+        x = self.bn2(self.conv2(x))
+        return pooled_relu(x, pool) if pool > 1 else F.relu_(x)
 
 
 class CNN14(nn.Module):
@@ -276,7 +331,6 @@ class CNN14(nn.Module):
             block = getattr(self, f"conv_block{i}")
             x = block(x, pool=2 if i < 6 else 1)
             x = self.block_dropout(x)
-        x = x.mean(dim=3)
-        x = x.amax(dim=2) + x.mean(dim=2)
+        x = pooled_frames(x)
         x = F.relu_(self.fc1(self.dropout(x)))
         return self.dropout(x)

@@ -6,6 +6,7 @@ formats: fp32 products are TF32 there, as SpeechBrain sets it.
 
 import copy
 import json
+import math
 import subprocess
 import sys
 
@@ -51,7 +52,7 @@ DTYPES = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 COSINES = {"fp32": 0.9999, "fp16": 0.9995, "bf16": 0.9995}
 # The same of what narrow networks with random weights make, and of gradients.
 NARROW = {"fp32": 0.9999, "fp16": 0.995, "bf16": 0.99}
-GRADIENTS = {"fp32": 0.99, "fp16": 0.9, "bf16": 0.6}
+GRADIENTS = {"fp32": 0.98, "fp16": 0.9, "bf16": 0.6}
 
 
 def autocast(precision):
@@ -73,11 +74,25 @@ def test_audio_embeddings_are_those_of_a_cpu(precision, compiles):
     assert cosine.min() > NARROW[precision]
 
 
+def siren_calls():
+    """Eight clips of a second, unlike in loudness, pitch and rhythm.
+
+    Of clips that are all alike, as of noise, batch norm leaves the rounding.
+    """
+    time = torch.arange(44100) / 44100
+    pitches = torch.tensor([100, 200, 400, 800, 1600, 3000, 5000, 9000])
+    pulses = torch.tensor([1, 2, 3, 4, 5, 7, 9, 11])
+    cycles = pitches[:, None] * time * (1 + time)
+    loudness = torch.logspace(-2, 0, 8)[:, None]
+    pulse = 1 + (2 * math.pi * pulses[:, None] * time).sin()
+    return loudness * pulse * (2 * math.pi * cycles).sin() / 2
+
+
 @pytest.mark.parametrize("precision, compiles", WAYS)
 def test_gradients_are_those_of_a_cpu(precision, compiles):
     torch.manual_seed(0)
     network = CNN14(width=16, dropout_factor=0).train()
-    wavs = 0.1 * torch.randn(8, 44100)
+    wavs = siren_calls()
     on_gpu = copy.deepcopy(network).cuda()
     if compiles:
         on_gpu.compile()
@@ -197,8 +212,12 @@ def train(flags, script=microsoft_clap_train, **changes):
 
 
 def test_losses_are_those_of_a_cpu(flags, tmp_path):
-    """With steps of next to nothing, so that dropout does not matter."""
+    """With steps of next to nothing, in which dropout would still matter.
+
+    Batch norms keep statistics of what it leaves.
+    """
     flags |= {"base_lr": 1e-12, "final_lr": 1e-13, "number_of_epochs": 1}
+    flags["clap"] = flags["clap"].replace("{", "{dropout_factor: 0, ")
     losses = {
         device: train(
             flags, device=device, output_folder=tmp_path / device

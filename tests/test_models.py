@@ -1,6 +1,7 @@
 """The networks against torchlibrosa and an independent CNN14."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -16,9 +17,16 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from models import cnn14
 from models.clap import CLAP
-from models.cnn14 import CNN14, ConvBlock, Dropout, LogMel, channels_last
+from models.cnn14 import (
+    CNN14,
+    ConvBlock,
+    Dropout,
+    LogMel,
+    PooledReLU,
+    channels_last,
+    pooled_frames,
+)
 
 
 def reference_logmel(sample_rate, fmin, fmax):
@@ -350,16 +358,32 @@ def test_a_gpus_pooling_and_its_gradient(size, dtype):
     """Odd numbers leave a row or a column out; channels stay last."""
     torch.manual_seed(0)
     x = torch.randn(3, 8, *size, dtype=dtype)
+    x[0, 0] = 0  # where the gradient of what is positive is 0 too
     x = x.contiguous(memory_format=torch.channels_last)
     ours, theirs = (x.clone().requires_grad_() for _ in range(2))
-    found = cnn14._average_pool_on_gpu(ours, 2)
-    expected = F.avg_pool2d(theirs, 2)
+    found = PooledReLU.apply(ours, 2)
+    expected = F.avg_pool2d(F.relu(theirs), 2)
     weight = torch.randn_like(expected)
     for out in (found, expected):
         (out * weight).sum().backward()
     for a, b in ((found, expected), (ours.grad, theirs.grad)):
         assert a.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(a, b)
+    assert torch.equal(ours, x)  # for whom else may have it
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_compiled_frames_have_their_gradient():
+    """In half precision too, in which a maximum equals nothing unrounded."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 64, 21, 2, dtype=torch.bfloat16)
+    x.requires_grad_()
+    torch.compile(pooled_frames)(x).sum().backward()
+    # A maximum's gradient and those of a mean.
+    sums = x.grad.float().sum(dim=(2, 3))
+    torch.testing.assert_close(
+        sums, torch.full_like(sums, 2), rtol=0.02, atol=0
+    )
 
 
 def test_channels_last_holds_through_the_blocks():
