@@ -245,11 +245,12 @@ class CLAP(nn.Module):
             Audio and text embeddings, (batch, d_proj) each, and the scale
             that multiplies cosine similarities to logits, ().
         """
-        return (
-            self.encode_audio(wavs),
-            self.encode_text(tokens),
-            self.logit_scale.exp(),
-        )
+        # Gradients are computed in reverse. On a GPU a text encoder is many
+        # small kernels, which take longer to launch than to run: meanwhile the
+        # audio encoder's gradients, whose kernels are large, are computed.
+        text = self.encode_text(tokens)
+        audio = self.encode_audio(wavs)
+        return audio, text, self.logit_scale.exp()
 
     @torch.no_grad()
     def clamp_logit_scale(self):
