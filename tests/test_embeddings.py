@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import NETWORK, ROOT, torchrun, write_noise
+from transformers import AutoTokenizer
 
 import microsoft_curation_toemb
 import retrieve_ds_t2t
@@ -683,6 +684,45 @@ def test_captions_are_encoded_once_each_by_number_of_tokens(tmp_path):
     assert calls == [["a", "long", "b b"], ["c c c", "d d d d"]]
     rows = open_embeddings(tmp_path, "x", "caption").vectors[:, 0].tolist()
     assert rows == [5, 4, 3, 4, 7, 5, 1]
+
+
+def test_tokens_are_those_of_transformers(text_model, tmp_path):
+    """Of BERT, and of a model without types that pads on the left."""
+    captions = ["a dog", " rain  " * 9, "hum", "", "no word of it: xyzzy"]
+    other = {
+        "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "left",
+        "truncation_side": "left",
+    }
+    AutoTokenizer.from_pretrained(text_model, **other).save_pretrained(tmp_path)
+    for folder, number in ((text_model, 3), (tmp_path, 2)):
+        reference = AutoTokenizer.from_pretrained(folder)
+        tokenize = CaptionTokenizer(folder, text_max_length=6)
+        # Padding goes with the call: lengths are asked for in between.
+        tokenize.lengths(captions)
+        expected = reference(
+            captions,
+            padding=True,
+            truncation=True,
+            max_length=6,
+            return_tensors="pt",
+        )
+        found = tokenize(captions)
+        assert found.keys() == expected.keys() and len(found) == number
+        for name, column in found.items():
+            assert torch.equal(column, expected[name]), name
+
+
+def test_all_cores_tokenize_for_a_time(text_model, monkeypatch):
+    name = "TOKENIZERS_PARALLELISM"
+    for before in ("false", None):
+        if before:
+            monkeypatch.setenv(name, before)
+        else:
+            monkeypatch.delenv(name)
+        with CaptionTokenizer(text_model).all_cores():
+            assert os.environ[name] == "true"
+        assert os.environ.get(name) == before
 
 
 @pytest.mark.parametrize("at_once", [2, 4096])
