@@ -18,8 +18,10 @@ makes for itself (B).
 The script runs in fp32 and, where the processor's products are faster in it, in
 bf16 (--precision=auto finds out).
 
-A GPU gets 64 times as many captions and clips, the ordinary way runs once, and
-the limit is the script's encoder by itself, with batches that lie ready.
+A GPU gets 256 times as many captions and clips, the ordinary way an eighth of
+these, once, and the limit is the script's encoder by itself, with batches that
+lie ready. A row more has the script with all but its encoder, whose embeddings
+are zeros: reading, tokenizing and writing.
 """
 
 import argparse
@@ -60,8 +62,9 @@ LENGTHS = [162, 1317, 2740, 4153, 4486, 5166, 5143, 4737, 4006, 3357, 2923]
 LENGTHS += [2353, 1929, 1524, 1176, 966, 775, 627, 495, 365, 306, 250, 200]
 LENGTHS += [153, 129, 97, 84]
 SECONDS, RATE = 10, 48000
-FILES = 512  # to which further paths are links
+FILES = 128  # to which further paths are links
 ROWS = 64  # of a batch, the ordinary way
+GPU_TIMES, GPU_PART = 256, 8
 SIDES = {
     "ordinary (A)": ("ordinary", "fp32", {}),
     "ordinary (B)": ("ordinary", "fp32", KEEPING),
@@ -105,6 +108,11 @@ def make_world(folder, n_captions, n_clips):
     export_microsoft(clap, f"{folder}/clap.pth")
 
 
+def workers():
+    """Loader processes: beside a GPU, the cores but for some that copy."""
+    return os.cpu_count() * 3 // 4 if on_gpu() else os.cpu_count()
+
+
 def flags_of(folder, precision):
     """Command line of the script, with its own defaults where they matter."""
     return [
@@ -114,7 +122,7 @@ def flags_of(folder, precision):
         f"--output_folder={folder}/{precision}",
         f"--audio_pathfile={folder}/audio.txt",
         f"--text_pathfile={folder}/captions.csv",
-        f"--num_workers={os.cpu_count()}",
+        f"--num_workers={workers()}",
         f"--precision={precision}",
     ]
 
@@ -126,7 +134,7 @@ def ours(folder, precision):
     -------
     dict
         Seconds of both, the peak of memory, and on a GPU the seconds of both
-        encoders by themselves.
+        encoders by themselves, and of all else.
     """
     import experiment
     import microsoft_curation_toemb as script
@@ -149,19 +157,39 @@ def ours(folder, precision):
     def dump_text(captions):
         brain.dump_text(brain.text_writer(captions), captions)
 
-    for kind, dump, items in (
-        ("audio", brain.dump_audio, paths),
-        ("text", dump_text, table),
-    ):
-        brain.hparams.save_folder = f"{save_folder}/warm-up"
-        dump(items[:ROWS])
-        brain.hparams.save_folder = save_folder
+    def dump_in(folder, dump, items):
+        brain.hparams.save_folder = folder
         begin = time.perf_counter()
         dump(items)
-        run[kind] = time.perf_counter() - begin
+        return time.perf_counter() - begin
+
+    ways = {"audio": (brain.dump_audio, paths), "text": (dump_text, table)}
+    for kind, (dump, items) in ways.items():
+        dump_in(f"{save_folder}/warm-up", dump, items[:ROWS])
+        run[kind] = dump_in(save_folder, dump, items)
+    run["memory"] = peak_memory()
     if on_gpu():
         run |= encoders_alone(brain, len(paths), len(table))
-    return run | {"memory": peak_memory()}
+        without_encoder(brain)
+        for kind, (dump, items) in ways.items():
+            seconds = dump_in(f"{save_folder}/without", dump, items)
+            run[f"{kind} without"] = seconds
+    return run
+
+
+def without_encoder(brain):
+    """Have a brain give zeros for embeddings."""
+    size = brain.hparams.clap.d_proj
+
+    def embed_audio(batch):
+        batch.windows.to(brain.device, non_blocking=True)
+        return torch.zeros(len(batch.rows), size)
+
+    def embed_text(captions):
+        brain.hparams.tokenizer(captions)
+        return torch.zeros(len(captions), size)
+
+    brain.embed_audio, brain.embed_text = embed_audio, embed_text
 
 
 @torch.inference_mode()
@@ -285,13 +313,14 @@ def ordinary(folder, precision):
     Returns
     -------
     dict
-        Seconds of both, and the peak of memory.
+        Seconds of both, of all that there is, and the peak of memory.
     """
     clap = ordinary_model(folder).eval().to(device())
     tokenize = padding_tokenizer(folder)
     captions = pd.read_csv(f"{folder}/captions.csv")["caption"].tolist()
     with open(f"{folder}/audio.txt") as file:
         paths = file.read().splitlines()
+    part = GPU_PART if on_gpu() else 1
 
     def encode_text(texts):
         tokens = {k: v.to(device()) for k, v in tokenize(texts).items()}
@@ -313,13 +342,13 @@ def ordinary(folder, precision):
         ("audio", encode_audio, paths),
     ):
         encode(items[:ROWS])
-        begin = time.perf_counter()
+        begin, items = time.perf_counter(), items[: len(items) // part]
         parts = [
             encode(items[i : i + ROWS]) for i in range(0, len(items), ROWS)
         ]
         embeddings = torch.cat(parts).numpy()
         np.save(f"{folder}/ordinary_{kind}.npy", embeddings)
-        run[kind] = time.perf_counter() - begin
+        run[kind] = part * (time.perf_counter() - begin)
     return run | {"memory": peak_memory()}
 
 
@@ -359,8 +388,8 @@ def cosines(folder, precision, kind):
     """Lowest and mean cosine between the script's rows and the ordinary."""
     stem = {"text": "text_insper", "audio": "audio_audioset"}[kind]
     path = f"{folder}/{precision}/save/{stem}_embeddings.npy"
-    a = np.load(path).astype(np.float64)
     b = np.load(f"{folder}/ordinary_{kind}.npy").astype(np.float64)
+    a = np.load(path)[: len(b)].astype(np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     cosine = (a * b).sum(axis=1) / norms
     return float(cosine.min()), float(cosine.mean())
@@ -381,7 +410,9 @@ def main(argv):
         print(json.dumps(run(args.folder, args.precision)))
         return None
     if on_gpu():
-        args.captions, args.clips = 64 * args.captions, 64 * args.clips
+        args.captions, args.clips = (
+            GPU_TIMES * count for count in (args.captions, args.clips)
+        )
     sides = worthwhile(SIDES)
     runs = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder:
@@ -396,14 +427,30 @@ def main(argv):
                 runs[side].append(
                     in_process("benchmarks.embed", flags, environment)
                 )
+        # On a GPU the limit is another one.
         flop = {
             precision: flop_of(folder, args.captions, args.clips, precision)
             for _, precision, _ in sides.values()
+            if not on_gpu()
         }
         rows = [
             row_of(folder, kind, count, side, runs, flop)
             for kind, count in (("text", args.captions), ("audio", args.clips))
             for side in sides
+        ]
+        rows += [
+            Row(
+                f"embed {count} {unit}",
+                f"{side}, without its encoder",
+                count / median(runs[side], f"{kind} without"),
+                f"{unit}/s",
+            )
+            for kind, count, unit in (
+                ("text", args.captions, "captions"),
+                ("audio", args.clips, "clips"),
+            )
+            for side, (name, *_) in sides.items()
+            if on_gpu() and name == "ours"
         ]
     each = (
         f"{flop[precision][kind] / count / 1e9:.1f} GFLOP a {name}, {precision}"
