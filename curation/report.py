@@ -2,7 +2,7 @@
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter
 
 from curation.tally import EDGES
 
@@ -109,7 +109,7 @@ def _draw_histogram(axes, report):
     axes.axvline(report["threshold"], color="black", linestyle="--")
     axes.set_xlabel("similarity")
     axes.set_ylabel("pairs in steps of 0.01")
-    axes.set_title("All pairs")
+    axes.set_title("All pairs", y=1)
 
 
 def _draw_curve(axes, report):
@@ -131,7 +131,7 @@ def _draw_curve(axes, report):
     axes.set_ylabel("kept, before limits")
     axes.grid(alpha=0.3)
     axes.legend()
-    axes.set_title("Kept at each threshold")
+    axes.set_title("Kept at each threshold", y=1)
 
 
 def _count_in_powers(axes):
@@ -139,7 +139,7 @@ def _count_in_powers(axes):
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.5)
     axes.yaxis.set_major_formatter(EngFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
 
 
 def _draw_captions(axes, report):
@@ -160,7 +160,8 @@ def _draw_captions(axes, report):
     axes.set_ylim(max(len(frequent), 10) - 0.5, -0.5)
     axes.set_yticks([])
     axes.set_xlabel("pairs kept")
-    axes.set_title("Most frequent captions" if frequent else "No pair is kept")
+    title = "Most frequent captions" if frequent else "No pair is kept"
+    axes.set_title(title, y=1)
 
 
 def _shortened(caption):
