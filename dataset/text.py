@@ -3,11 +3,12 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 # Tokens of more would take memory, and are not quicker made.
 _LENGTHS_AT_ONCE = 4096
@@ -40,10 +41,26 @@ class CaptionTokenizer:
         The text encoder's hub name or folder.
     text_max_length : int
         Captions of more tokens are truncated.
+
+    Raises
+    ------
+    ValueError
+        The text model takes no captions of that length.
     """
 
     def __init__(self, text_model, text_max_length=100):
         tokenizer = AutoTokenizer.from_pretrained(text_model)
+        config = AutoConfig.from_pretrained(text_model)
+        # One of the two knows it; some models have no such limit.
+        longest = getattr(config, "max_position_embeddings", math.inf)
+        longest = min(longest, tokenizer.model_max_length)
+        shortest = tokenizer.num_special_tokens_to_add() + 1
+        whole = isinstance(text_max_length, int)
+        if not (whole and shortest <= text_max_length <= longest):
+            raise ValueError(
+                f"text_max_length={text_max_length}: {text_model} takes "
+                f"{shortest} to {longest} tokens"
+            )
         self.text_max_length = text_max_length
         self.columns = {
             name: _COLUMNS[name]

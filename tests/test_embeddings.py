@@ -695,6 +695,7 @@ def test_tokens_are_those_of_transformers(text_model, tmp_path):
         "truncation_side": "left",
     }
     AutoTokenizer.from_pretrained(text_model, **other).save_pretrained(tmp_path)
+    shutil.copy(f"{text_model}/config.json", tmp_path)
     for folder, number in ((text_model, 3), (tmp_path, 2)):
         reference = AutoTokenizer.from_pretrained(folder)
         tokenize = CaptionTokenizer(folder, text_max_length=6)
@@ -711,6 +712,12 @@ def test_tokens_are_those_of_transformers(text_model, tmp_path):
         assert found.keys() == expected.keys() and len(found) == number
         for name, column in found.items():
             assert torch.equal(column, expected[name]), name
+
+
+@pytest.mark.parametrize("length", [0, 2, 129, 7.5, True])
+def test_a_length_that_the_text_model_does_not_take(text_model, length):
+    with pytest.raises(ValueError, match="text_max_length=.* 3 to 128 tokens"):
+        CaptionTokenizer(text_model, length)
 
 
 def test_all_cores_tokenize_for_a_time(text_model, monkeypatch):
