@@ -488,6 +488,13 @@ def check_flags(hparams):
     counts = ["batch_size", "number_of_epochs", "grad_accumulation_factor"]
     counts.append("num_ckpt_keep")
     experiment.check_numbers(vars(hparams), counts, 1, whole=True)
+    distributed = torch.distributed.is_initialized()
+    processes = torch.distributed.get_world_size() if distributed else 1
+    if hparams.batch_size * processes < 2:
+        raise SystemExit(
+            "--batch_size=1: a pair is told from the others of its batch, and "
+            "there are none. Give 2 or more"
+        )
     counts = ["num_workers", "warmup_steps"]
     experiment.check_numbers(vars(hparams), counts, 0, whole=True)
     experiment.check_numbers(vars(hparams), ["base_lr", "final_lr"], 0)
@@ -551,11 +558,6 @@ def make_train_loader(brain, manifests):
             rest,
             len(sampler),
             hparams.grad_accumulation_factor,
-        )
-    if sampler.global_batch_size < 2:
-        raise SystemExit(
-            "--batch_size=1: a pair is told from the others of its batch, and "
-            "there are none. Give 2 or more"
         )
     loader = SaveableDataLoader(
         PairDataset(manifests, hparams.reader, hparams.seed),
