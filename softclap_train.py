@@ -151,7 +151,7 @@ def check_teacher(hparams):
         )
     if teacher.text_model != student.text_model:
         tokenizer = hparams["tokenizer"]
-        own = type(tokenizer)(teacher.text_model)
+        own = type(tokenizer)(teacher.text_model, tokenizer.text_max_length)
         if own.settings()["tokenizer"] != tokenizer.settings()["tokenizer"]:
             raise SystemExit(
                 f"The teacher's text model, {teacher.text_model}, has other "

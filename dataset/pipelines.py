@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -181,8 +182,10 @@ class WindowBatch:
 
     def pin_memory(self):
         """The batch in pinned memory; the loader calls it."""
-        torch.set_num_threads(_COPYING_THREADS)  # of the loader's thread alone
+        threads = torch.get_num_threads()
+        torch.set_num_threads(min(_COPYING_THREADS, os.cpu_count()))
         self.windows = self.windows.pin_memory()
+        torch.set_num_threads(threads)
         return self
 
 

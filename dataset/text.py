@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import math
 import os
 
 import numpy as np
@@ -21,6 +20,8 @@ def clean_caption(caption):
     return " ".join(caption.split())
 
 
+# Text models whose positions begin behind the padding's number.
+_POSITIONS_AFTER_PAD = ("roberta", "xlm-roberta", "camembert", "mpnet")
 # Columns of a model's input, by the names that an encoding has for them.
 _COLUMNS = {
     "input_ids": "ids",
@@ -45,21 +46,25 @@ class CaptionTokenizer:
     Raises
     ------
     ValueError
-        The text model takes no captions of that length.
+        The text model takes no captions of that length, or its tokenizer
+        cannot pad, or is not of the library.
     """
 
     def __init__(self, text_model, text_max_length=100):
         tokenizer = AutoTokenizer.from_pretrained(text_model)
-        config = AutoConfig.from_pretrained(text_model)
-        # One of the two knows it; some models have no such limit.
-        longest = getattr(config, "max_position_embeddings", math.inf)
-        longest = min(longest, tokenizer.model_max_length)
+        if not tokenizer.is_fast or tokenizer.pad_token is None:
+            raise ValueError(
+                f"The tokenizer of {text_model} has no token for padding, or "
+                "is not one of the tokenizers library: take another text model"
+            )
         shortest = tokenizer.num_special_tokens_to_add() + 1
+        longest = _longest(text_model, tokenizer)
         whole = isinstance(text_max_length, int)
         if not (whole and shortest <= text_max_length <= longest):
             raise ValueError(
                 f"text_max_length={text_max_length}: {text_model} takes "
-                f"{shortest} to {longest} tokens"
+                f"{shortest} to {longest} tokens: give "
+                f"--tokenizer='{{text_max_length: {longest}}}' or less"
             )
         self.text_max_length = text_max_length
         self.columns = {
@@ -134,7 +139,10 @@ class CaptionTokenizer:
     @staticmethod
     @contextlib.contextmanager
     def all_cores():
-        """Tokenize with all cores meanwhile; no process may be forked then."""
+        """Tokenize with all cores meanwhile; no process may be forked then.
+
+        Or with as many as RAYON_NUM_THREADS says.
+        """
         before = os.environ.get(_PARALLEL)
         os.environ[_PARALLEL] = "true"
         try:
@@ -149,3 +157,14 @@ class CaptionTokenizer:
         return self.backend.encode_batch_fast(
             [clean_caption(caption) for caption in captions]
         )
+
+
+def _longest(text_model, tokenizer):
+    """Tokens of the longest text that a text model takes."""
+    config = AutoConfig.from_pretrained(text_model)
+    positions = getattr(config, "max_position_embeddings", None) or -1
+    if positions < 0:  # it has no limit of its own
+        return tokenizer.model_max_length
+    if config.model_type in _POSITIONS_AFTER_PAD:
+        return positions - config.pad_token_id - 1
+    return positions

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import NETWORK, ROOT, torchrun, write_noise
-from transformers import AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, RobertaConfig
 
 import microsoft_curation_toemb
 import retrieve_ds_t2t
@@ -718,6 +718,46 @@ def test_tokens_are_those_of_transformers(text_model, tmp_path):
 def test_a_length_that_the_text_model_does_not_take(text_model, length):
     with pytest.raises(ValueError, match="text_max_length=.* 3 to 128 tokens"):
         CaptionTokenizer(text_model, length)
+
+
+def test_positions_of_a_roberta_begin_behind_its_padding(text_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(text_model)
+    tokenizer.save_pretrained(tmp_path)
+    size = {"vocab_size": len(tokenizer), "hidden_size": 8}
+    config = RobertaConfig(
+        **size,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=20,
+        pad_token_id=3,
+    )
+    config.save_pretrained(tmp_path)
+    longest = CaptionTokenizer(tmp_path, 16)(["dog " * 30])
+    model = AutoModel.from_config(config)
+    assert model(**longest).last_hidden_state.shape == (1, 16, 8)
+    with pytest.raises(ValueError, match="takes 3 to 16 tokens"):
+        CaptionTokenizer(tmp_path, 17)
+
+
+@pytest.mark.parametrize("lacks", ["pad_token", "is_fast"])
+def test_a_tokenizer_that_cannot_be_used(text_model, monkeypatch, lacks):
+    tokenizer = AutoTokenizer.from_pretrained(text_model)
+    monkeypatch.setattr(type(tokenizer), lacks, None, raising=False)
+    with pytest.raises(ValueError, match="take another text model"):
+        CaptionTokenizer(text_model)
+
+
+def test_captions_are_embedded_with_all_cores(embed, monkeypatch):
+    tokenize, seen = CaptionTokenizer._encode, []
+
+    def encode(self, captions):
+        seen.append(os.environ["TOKENIZERS_PARALLELISM"])
+        return tokenize(self, captions)
+
+    monkeypatch.setattr(CaptionTokenizer, "_encode", encode)
+    embed(audio_pathfile="")
+    assert set(seen) == {"true"}
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
 
 
 def test_all_cores_tokenize_for_a_time(text_model, monkeypatch):

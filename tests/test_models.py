@@ -1,7 +1,9 @@
 """The networks against torchlibrosa and an independent CNN14."""
 
 import math
+import os
 import shutil
+import sysconfig
 
 import pytest
 import torch
@@ -372,7 +374,11 @@ def test_a_gpus_pooling_and_its_gradient(size, dtype):
     assert torch.equal(ours, x)  # for whom else may have it
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+@pytest.mark.skipif(
+    not shutil.which("g++")
+    or not os.path.exists(f"{sysconfig.get_path('include')}/Python.h"),
+    reason="no C++ compiler, or no headers for it",
+)
 def test_compiled_frames_have_their_gradient():
     """In half precision too, in which a maximum equals nothing unrounded."""
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """From rows to batches, on clips whose samples tell their clip and place."""
 
 import math
+import os
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,7 @@ import soundfile
 import torch
 
 from dataset.audio import AudioError, AudioReader
-from dataset.pipelines import PairCollator, PairDataset
+from dataset.pipelines import PairCollator, PairDataset, WindowBatch
 
 CLIPS = "abcd"
 
@@ -131,3 +132,18 @@ def test_a_set_without_readable_clips_takes_none_of_another(folder):
     good, bad = (pairs(folder, [(name, "x")] * 2) for name in ("a", "gone"))
     with pytest.raises(AudioError, match="No readable clip in 20: .*missing"):
         dataset(good, bad, good)[1, 3]
+
+
+def test_windows_are_pinned_by_several_threads(monkeypatch):
+    """For that alone: the loader's thread may be the process's own."""
+    threads, seen = torch.get_num_threads(), []
+
+    def pin(tensor):
+        seen.append(torch.get_num_threads())
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    WindowBatch(torch.zeros(2, 3), [0, 1], [1, 1], [0.0, 0.0], {}).pin_memory()
+    assert seen == [3]
+    assert torch.get_num_threads() == threads

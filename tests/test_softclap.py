@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import (
+    CAPTION,
     ROOT,
     check_resume,
     final_state,
@@ -276,6 +277,14 @@ def test_wrong_settings(student, changes, message, tmp_path):
         make_text_model(["whale", "bat"], tmp_path / "words")
         changes = {"teacher": f"{{text_model: {tmp_path / 'words'}}}"}
     with pytest.raises(SystemExit, match=message):
+        train(student, **changes)
+
+
+def test_a_teacher_takes_captions_of_the_runs_length(student, tmp_path):
+    make_text_model([CAPTION], tmp_path / "short", 16, max_length=110)
+    changes = {"teacher": f"{{text_model: {tmp_path / 'short'}}}"}
+    changes["tokenizer"] = "{text_max_length: 120}"
+    with pytest.raises(ValueError, match="=120: .*short takes 3 to 110 tokens"):
         train(student, **changes)
 
 
