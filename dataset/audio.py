@@ -162,18 +162,31 @@ class Resampler:
             self.parts.append((begin, first, weights))
             begin += len(part)
 
+    def margins(self, num_frames):
+        """Zeros that are wanted before and behind so many frames."""
+        count = num_frames // self.orig + 1
+        return self.width, count * self.orig - num_frames + self.width
+
     def __call__(self, frames):
-        """(frames,) -> (samples,), both float32."""
-        count = len(frames) // self.orig + 1
-        behind = count * self.orig - len(frames) + self.width
-        padded = torch.nn.functional.pad(frames, (self.width, behind))
+        """Resample.
+
+        Arguments
+        ---------
+        frames : torch.Tensor
+            (frames,) float32, with the margins.
+
+        Returns
+        -------
+        torch.Tensor
+            (samples,) float32; the last ones may be of the margin.
+        """
+        count = (len(frames) - 2 * self.width) // self.orig
         samples = frames.new_empty(count, self.new)
         for begin, first, weights in self.parts:
             needed, made = weights.shape
-            rows = padded.as_strided((count, needed), (self.orig, 1), first)
+            rows = frames.as_strided((count, needed), (self.orig, 1), first)
             torch.mm(rows, weights, out=samples[:, begin : begin + made])
-        orig, new = self.period
-        return samples.view(-1)[: -(-new * len(frames) // orig)]
+        return samples.view(-1)
 
 
 @functools.lru_cache(maxsize=32)
@@ -183,8 +196,11 @@ def _resampler(orig, new):
     return resampler, -(-resampler.width // orig)
 
 
-def _read(file, begin, end):
-    """Frames begin..end of an open file as float32 mono, (frames,)."""
+def _read(file, begin, end, resample=None):
+    """Frames begin..end of an open file as float32 mono, and their number.
+
+    With the margins that a `Resampler` wants, if there is one.
+    """
     # libsndfile takes several times as long to make the same floats.
     is_16_bit = file.subtype == "PCM_16"
     dtype = "int16" if is_16_bit else "float32"
@@ -195,14 +211,19 @@ def _read(file, begin, end):
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise AudioError(f"cannot be decoded: {error}") from error
     frames = frames[before:]
-    if is_16_bit:
-        frames = frames * np.float32(2**-15)
+    front, behind = resample.margins(len(frames)) if resample else (0, 0)
+    padded = np.empty(front + len(frames) + behind, np.float32)
+    padded[:front] = padded[front + len(frames) :] = 0
+    mono = padded[front : front + len(frames)]
+    scale = np.float32(2**-15 if is_16_bit else 1)
     # numpy's mean over so few is slow.
     first, *others = frames.T
-    mono = sum(others, first)
+    np.multiply(first, scale, out=mono)
+    for other in others:
+        mono += other * scale
     if others:
         mono /= np.float32(file.channels)
-    return torch.from_numpy(np.ascontiguousarray(mono))
+    return torch.from_numpy(padded), len(frames)
 
 
 def read_samples(file, sample_rate, begin, end):
@@ -230,16 +251,15 @@ def read_samples(file, sample_rate, begin, end):
     """
     orig, new = nearest_ratio(file.samplerate, sample_rate)
     if orig == new:
-        samples = _read(file, begin, min(end, file.frames))
+        samples, _ = _read(file, begin, min(end, file.frames))
     else:
         resample, margin = _resampler(orig, new)
         first = max(begin // new - margin, 0)
         last = -(-end // new) + margin
-        frames = _read(file, first * orig, min(last * orig, file.frames))
-        samples = frames
-        if len(frames):
-            offset = begin - first * new
-            samples = resample(frames)[offset : offset + end - begin]
+        last = min(last * orig, file.frames)
+        frames, count = _read(file, first * orig, last, resample)
+        end = min(end - first * new, -(-new * count // orig))
+        samples = resample(frames)[begin - first * new : end]
     if not len(samples):
         raise AudioError("is truncated: no samples where its header has some")
     # In one pass; of NaN, no comparison holds.

@@ -116,8 +116,9 @@ def test_resampling_is_torchaudios(orig, new, largest, monkeypatch):
     lengths = (1, 2, orig, orig + 1, 5 * orig + 3, 20 * orig + 1000)
     noises = [torch.rand(length, generator=draw) for length in lengths]
     for x, atol in ((frame, 0), *((noise, 1e-5) for noise in noises)):
-        found, expected = ours(x), theirs(x)
-        assert len(found) == -(-len(x) * new // orig)
+        found = ours(torch.nn.functional.pad(x, ours.margins(len(x))))
+        expected = theirs(x)
+        assert len(found) >= -(-len(x) * new // orig)
         # torchaudio counts the samples in fp32.
         found = found[: len(expected)]
         torch.testing.assert_close(found, expected, rtol=0, atol=atol)
