@@ -19,6 +19,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
+from dataset.text import CaptionTokenizer
 from models.clap import CLAP
 from models.cnn14 import (
     CNN14,
@@ -406,3 +407,16 @@ def test_channels_last_holds_through_the_blocks():
             same, expected = block(same, 2), block(expected, 2)
             assert same.is_contiguous(memory_format=torch.channels_last)
             torch.testing.assert_close(same, expected)
+
+
+def test_gradients_of_text_come_behind_those_of_audio(tiny_clap, text_model):
+    """Which take a GPU longer than to be asked for the others."""
+    tokens = CaptionTokenizer(text_model)(["a dog", "rain"])
+    audio, text, scale = tiny_clap(torch.randn(2, 16000), tokens)
+    order = []
+    for name, parameter in tiny_clap.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda _, name=name: order.append(name))
+    (scale * audio @ text.T).sum().backward()
+    last_of_audio = order.index("audio_encoder.base.bn0.weight")
+    assert not any("caption_encoder.base" in n for n in order[:last_of_audio])
