@@ -488,9 +488,8 @@ def check_flags(hparams):
     counts = ["batch_size", "number_of_epochs", "grad_accumulation_factor"]
     counts.append("num_ckpt_keep")
     experiment.check_numbers(vars(hparams), counts, 1, whole=True)
-    distributed = torch.distributed.is_initialized()
-    processes = torch.distributed.get_world_size() if distributed else 1
-    if hparams.batch_size * processes < 2:
+    _, world_size = rank_and_world_size()
+    if hparams.batch_size * world_size < 2:
         raise SystemExit(
             "--batch_size=1: a pair is told from the others of its batch, and "
             "there are none. Give 2 or more"
@@ -517,6 +516,13 @@ def check_flags(hparams):
             logger.warning("--%s is not used while --%s=%s", data, switch, on)
 
 
+def rank_and_world_size():
+    """This process's number, and how many there are."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
 def make_train_loader(brain, manifests):
     """Loader of mixed batches, registered for checkpoints within an epoch.
 
@@ -534,15 +540,15 @@ def make_train_loader(brain, manifests):
     """
     hparams = brain.hparams
     sizes = [len(manifest) for manifest in manifests] + [0]
-    distributed = torch.distributed.is_initialized()
+    rank, world_size = rank_and_world_size()
     sampler = MixedBatchSampler(
         num_pairs=sizes[0],
         num_curated=sizes[1],
         batch_size=hparams.batch_size,
         curation_prob=hparams.curation_prob,
         seed=hparams.seed,
-        rank=torch.distributed.get_rank() if distributed else 0,
-        world_size=torch.distributed.get_world_size() if distributed else 1,
+        rank=rank,
+        world_size=world_size,
     )
     steps, rest = divmod(len(sampler), hparams.grad_accumulation_factor)
     if not steps:

@@ -191,16 +191,15 @@ class EmbeddingBrain(sb.Brain):
             As `text_writer` returns and takes them.
         """
         hparams = self.hparams
-        with hparams.tokenizer.all_cores():
-            dump_captions(
-                writer,
-                table,
-                hparams.tokenizer.lengths,
-                self.embed_text,
-                hparams.text_bs,
-                self.device_type,
-                self.noprogressbar,
-            )
+        dump_captions(
+            writer,
+            table,
+            hparams.tokenizer,
+            self.embed_text,
+            hparams.text_bs,
+            self.device_type,
+            self.noprogressbar,
+        )
 
 
 def choose_precision(precision, device):

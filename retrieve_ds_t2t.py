@@ -113,16 +113,15 @@ class CaptionBrain(sb.Brain):
             {**settings, "precision": self.eval_precision},
             replaces=True,
         )
-        with hparams.tokenizer.all_cores():
-            dump_captions(
-                writer,
-                table,
-                hparams.tokenizer.lengths,
-                self.embed_text,
-                hparams.text_bs,
-                self.device_type,
-                self.noprogressbar,
-            )
+        dump_captions(
+            writer,
+            table,
+            hparams.tokenizer,
+            self.embed_text,
+            hparams.text_bs,
+            self.device_type,
+            self.noprogressbar,
+        )
         return open_embeddings(hparams.emb_dir, stem, "caption")
 
 

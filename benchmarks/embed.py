@@ -433,50 +433,32 @@ def main(argv):
             for _, precision, _ in sides.values()
             if not on_gpu()
         }
+        counts = {"text": args.captions, "audio": args.clips}
         rows = [
-            row_of(folder, kind, count, side, runs, flop)
-            for kind, count in (("text", args.captions), ("audio", args.clips))
+            row
+            for kind, count in counts.items()
             for side in sides
-        ]
-        rows += [
-            Row(
-                f"embed {count} {unit}",
-                f"{side}, without its encoder",
-                count / median(runs[side], f"{kind} without"),
-                f"{unit}/s",
-            )
-            for kind, count, unit in (
-                ("text", args.captions, "captions"),
-                ("audio", args.clips, "clips"),
-            )
-            for side, (name, *_) in sides.items()
-            if on_gpu() and name == "ours"
+            for row in rows_of(folder, kind, count, side, runs, flop)
         ]
     each = (
         f"{flop[precision][kind] / count / 1e9:.1f} GFLOP a {name}, {precision}"
         for precision in flop
-        for kind, count, name in (
-            ("text", args.captions, "caption"),
-            ("audio", args.clips, "window"),
-        )
+        for (kind, count), name in zip(counts.items(), ("caption", "window"))
     )
     print(machine(), *each, sep="; ")
     show(rows)
     return rows
 
 
-def row_of(folder, kind, count, side, runs, flop):
-    """The row of one side and kind."""
+def rows_of(folder, kind, count, side, runs, flop):
+    """The row of one side and kind, on a GPU one more without the encoder."""
     name, precision, _ = SIDES[side]
     seconds = {s: median(r, kind) for s, r in runs.items()}
     unit = {"text": "captions/s", "audio": "clips/s"}[kind]
-    row = Row(
-        f"embed {count} {unit.removesuffix('/s')}",
-        side,
-        count / seconds[side],
-        unit,
-        memory=median(runs[side], "memory"),
-    )
+    job = f"embed {count} {unit.removesuffix('/s')}"
+    memory = median(runs[side], "memory")
+    row = Row(job, side, count / seconds[side], unit, memory=memory)
+    rows = [row]
     if name == "ours":
         ways = [s for s in runs if s.startswith("ordinary")]
         ratios = [seconds[way] / seconds[side] for way in ways]
@@ -484,13 +466,15 @@ def row_of(folder, kind, count, side, runs, flop):
         if on_gpu():
             row.limit = "its encoder"
             row.of_limit = median(runs[side], f"{kind} alone") / seconds[side]
+            rate = count / median(runs[side], f"{kind} without")
+            rows.append(Row(job, f"{side}, without its encoder", rate, unit))
         else:
             row.limit = f"{precision} product"
             speed = flop[precision][kind] / seconds[side]
             row.of_limit = speed / product_speed(precision)
         low, _ = cosines(folder, precision, kind)
         row.difference = f"cosine {low:.6f} or more"
-    return row
+    return rows
 
 
 if __name__ == "__main__":

@@ -676,7 +676,13 @@ def captions_writer(folder, stem, table, size, settings, replaces=False):
 
 
 def dump_captions(
-    writer, table, lengths, encode, batch_size, device_type, noprogressbar=False
+    writer,
+    table,
+    tokenizer,
+    encode,
+    batch_size,
+    device_type,
+    noprogressbar=False,
 ):
     """Make a store of captions.
 
@@ -689,10 +695,10 @@ def dump_captions(
         Of `captions_writer`, for the same table.
     table : pandas.DataFrame
         Its manifest, with a column `caption`.
-    lengths : callable
-        List of captions -> the number of tokens of each.
+    tokenizer : dataset.text.CaptionTokenizer
+        Tells how many tokens captions have.
     encode : callable
-        List of captions -> (captions, size) unit-norm.
+        List of captions -> (captions, size) unit-norm; tokenizes with it.
     batch_size : int
         Captions a batch.
     device_type : str
@@ -707,15 +713,17 @@ def dump_captions(
         batch_size = min(batch_size, _CPU_CAPTIONS)
     index, distinct = pd.factorize(table["caption"])
     distinct = distinct.tolist()
-    rows = range(len(distinct))
-    order = [row for *_, row in sorted(zip(lengths(distinct), distinct, rows))]
-    pending, bar = writer.work(batch_size, "caption", noprogressbar, order)
-    with bar:
-        for rows, vectors in encoded(
-            pending, lambda rows: encode([distinct[i] for i in rows])
-        ):
-            writer.write(rows, vectors)
-            bar.update(len(rows))
+    with tokenizer.all_cores():
+        lengths = tokenizer.lengths(distinct)
+        rows = range(len(distinct))
+        order = [row for *_, row in sorted(zip(lengths, distinct, rows))]
+        pending, bar = writer.work(batch_size, "caption", noprogressbar, order)
+        with bar:
+            for rows, vectors in encoded(
+                pending, lambda rows: encode([distinct[i] for i in rows])
+            ):
+                writer.write(rows, vectors)
+                bar.update(len(rows))
     ddp_barrier()
     if if_main_process():
         unusable = np.flatnonzero(writer.fate == NOT_FINITE)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pandas as pd
@@ -537,7 +538,7 @@ def test_embeddings_that_are_not_finite(tmp_path):
     table = pd.DataFrame({"caption": ["rain", "a dog"]})
     with pytest.raises(RuntimeError, match="of 1 captions .* 'a dog'"):
         writer = captions_writer(tmp_path, "x", table, 2, {"weights": "a"})
-        dump_captions(writer, table, words_of, encode, 2, "cpu")
+        dump_captions(writer, table, tokenizer_of(words_of), encode, 2, "cpu")
     assert not (tmp_path / "x.json").exists()
 
 
@@ -669,6 +670,13 @@ def words_of(captions):
     return [len(caption.split()) for caption in captions]
 
 
+def tokenizer_of(lengths):
+    """What `dump_captions` asks of one."""
+    return types.SimpleNamespace(
+        lengths=lengths, all_cores=contextlib.nullcontext
+    )
+
+
 def test_captions_are_encoded_once_each_by_number_of_tokens(tmp_path):
     captions = ["c c c", "long", "b b", "long", "d d d d", "c c c", "a"]
     table = pd.DataFrame({"caption": captions})
@@ -680,7 +688,7 @@ def test_captions_are_encoded_once_each_by_number_of_tokens(tmp_path):
 
     settings = {"weights": "a"}
     writer = captions_writer(tmp_path, "x", table, 2, settings)
-    dump_captions(writer, table, words_of, encode, 3, "cpu")
+    dump_captions(writer, table, tokenizer_of(words_of), encode, 3, "cpu")
     assert calls == [["a", "long", "b b"], ["c c c", "d d d d"]]
     rows = open_embeddings(tmp_path, "x", "caption").vectors[:, 0].tolist()
     assert rows == [5, 4, 3, 4, 7, 5, 1]
@@ -789,7 +797,7 @@ def test_a_store_in_the_making_may_go_on_in_another_order(tmp_path):
     def dump(lengths, encode):
         settings = {"weights": "a"}
         writer = captions_writer(tmp_path, "x", table, 2, settings)
-        dump_captions(writer, table, lengths, encode, 1, "cpu")
+        dump_captions(writer, table, tokenizer_of(lengths), encode, 1, "cpu")
 
     def encode(captions):
         if captions == ["b b"]:
