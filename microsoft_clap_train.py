@@ -52,6 +52,7 @@ from models.losses import (
     contrastive_targets,
     gather_with_gradient,
 )
+from models.retrieval import recalls
 from models.weights import SETTINGS_FILE, find_checkpoint, hearing_of
 from models.zeroshot import class_embeddings, class_scores, clip_embeddings
 
@@ -124,6 +125,10 @@ class CLAPBrain(sb.Brain):
                 "with --ssl_checkpoints_dir="
                 f"{self.checkpointer.checkpoints_dir} or without it, and a "
                 "lower --base_lr, or --precision=bf16"
+            )
+        if stage == sb.Stage.VALID:
+            self.valid_pairs.append(
+                (audio, text, batch.clip_ids, batch.caption_ids)
             )
         return loss
 
@@ -242,9 +247,11 @@ class CLAPBrain(sb.Brain):
         )
 
     def on_stage_start(self, stage, epoch=None):
-        """Note where and when an epoch's training starts, for its speed."""
+        """Start the figures of a stage."""
         if stage == sb.Stage.TRAIN:
             self.first_step, self.start_time = self.step, time.perf_counter()
+        else:
+            self.valid_pairs = []
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Collect the training's figures; after validation, end the epoch."""
@@ -274,10 +281,12 @@ class CLAPBrain(sb.Brain):
         stats = {"loss": valid_loss}
         if self.zeroshot_set is not None:
             stats["acc"] = self.zeroshot_accuracy()
+        figures = stats | recalls(*map(torch.cat, zip(*self.valid_pairs)))
+        self.valid_pairs = []
         scale = float(self.hparams.clap.logit_scale.exp())
         meta = {"epoch": epoch, "lr": lr, "logit_scale": scale}
         for stats_logger in self.loggers:
-            stats_logger.log_stats(meta, self.train_stats, stats)
+            stats_logger.log_stats(meta, self.train_stats, figures)
         # By accuracy where there is one, else by loss; and the last, to resume.
         self.checkpointer.save_and_keep_only(
             meta={"epoch": epoch, **stats},
@@ -357,14 +366,15 @@ class HistoryLogger(train_logger.TrainLogger):
         self.draw(history)
 
     def draw(self, history):
-        """Losses (and accuracy), learning rate, and scale over the epochs."""
-        figure = Figure(figsize=(10, 3.2), layout="constrained")
+        """Losses, accuracy, learning rate and scale over the epochs."""
+        figure = Figure(figsize=(13, 3.2), layout="constrained")
         panels = (
-            [c for c in history if c.endswith(("_loss", "_acc"))],
+            [c for c in history if c.endswith("_loss")],
+            [c for c in history if c.endswith(("_acc", "@1", "@10"))],
             ["lr"],
             ["logit_scale"],
         )
-        for axes, columns in zip(figure.subplots(1, 3), panels):
+        for axes, columns in zip(figure.subplots(1, 4), panels):
             for column in columns:
                 axes.plot(history["epoch"], history[column], label=column)
             axes.set_xlabel("epoch")

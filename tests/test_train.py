@@ -25,8 +25,12 @@ from conftest import (
 import experiment
 import microsoft_clap_train
 import microsoft_zeroshot
+from dataset.audio import AudioReader
+from dataset.pipelines import PairCollator, PairDataset
+from dataset.text import CaptionTokenizer
 from files import write_csv
 from microsoft_clap_train import CLAPBrain, HistoryLogger
+from models.retrieval import recalls
 from models.weights import AtomicCheckpointer, find_checkpoint
 
 HPARAMS = str(ROOT / "hparams/insper/microsoft_clap_train.yaml")
@@ -273,6 +277,24 @@ def test_only_the_best_and_the_last_checkpoint_are_kept(flags, tmp_path):
     assert {meta["epoch"] for meta in metas} == kept
     best = find_checkpoint(tmp_path / "run").parent / "CKPT.yaml"
     assert yaml.safe_load(best.read_text())["loss"] == losses.min()
+
+
+def test_recall_is_that_of_all_validation_pairs(flags, tiny_clap, tmp_path):
+    train(flags, number_of_epochs=1, base_lr=0.01)
+    tiny_clap.load_state_dict(final_state(tmp_path / "run"))
+    pairs = pd.read_csv(tmp_path / "run" / "save" / "valid_raw.csv")
+    assert len(pairs) > 2 * flags["batch_size"]
+    data = PairDataset([pairs], AudioReader(16000, 1), seed=1234)
+    collate = PairCollator(CaptionTokenizer(flags["text_model"]))
+    batch = collate([data[row] for row in range(len(pairs))])
+    with torch.no_grad():
+        audio, text, _ = tiny_clap(batch.wavs, batch.tokens)
+    expected = recalls(audio, text, batch.clip_ids, batch.caption_ids)
+    figures = history(tmp_path / "run")
+    for name, value in expected.items():
+        assert figures[f"valid_{name}"].item() == pytest.approx(value)
+    # Those of a batch alone are higher.
+    assert expected["t2a_recall@1"] < 1
 
 
 def test_zero_shot_validation_chooses_the_checkpoint(flags, tmp_path):
