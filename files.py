@@ -89,14 +89,20 @@ def read_table(path, columns=()):
             pieces = iter(functools.partial(file.read, _BLOCK_BYTES), b"")
             has_quotes = any(b'"' in piece for piece in pieces)
         with open(path, encoding="utf-8-sig", newline="") as file:
-            names = _checked_header(file, columns, has_quotes)
+            names, above = _checked_header(file, columns, has_quotes)
         # Opened here: pyarrow takes a "~" in a path for the home folder.
         with open(path, "rb") as file:
             table = pa.csv.read_csv(
                 file,
                 # In several threads its errors do not name the row.
-                pa.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
-                pa.csv.ParseOptions(newlines_in_values=True),
+                pa.csv.ReadOptions(
+                    use_threads=False, block_size=_BLOCK_BYTES, skip_rows=above
+                ),
+                pa.csv.ParseOptions(
+                    newlines_in_values=True,
+                    # With one column, such a line is a row: its cell is empty.
+                    ignore_empty_lines=len(names) > 1,
+                ),
                 pa.csv.ConvertOptions(
                     column_types=dict.fromkeys(names, pa.string())
                 ),
@@ -107,17 +113,17 @@ def read_table(path, columns=()):
 
 
 def _checked_header(file, columns, has_quotes):
-    """Names of the columns of an open CSV file, whose quotes are all closed.
+    """Names of an open CSV file's columns, and the empty lines above them.
 
-    pyarrow takes one that is left open for a cell that ends with the file, and
-    so for all rows behind it. Columns come first: where another mark separates
-    them, rows are wrong in many ways.
+    Its quotes are all closed: pyarrow takes one that is left open for a cell
+    that ends with the file, and so for all rows behind it. Columns come first:
+    where another mark separates them, rows are wrong in many ways.
     """
-    names, row = [], 1
+    names, row, above = [], 1, 0
     try:
         for cells in csv.reader(file, strict=True):
             if cells and not names:
-                names = cells
+                names, above = cells, row - 1
                 _check_columns(names, columns)
             row += 1
             if names and not has_quotes:
@@ -128,7 +134,7 @@ def _checked_header(file, columns, has_quotes):
         ) from error
     if not names:
         raise ValueError("Empty CSV file")
-    return names
+    return names, above
 
 
 def _check_columns(names, columns):

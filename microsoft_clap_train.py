@@ -420,7 +420,7 @@ def train(brain):
     run_on_main(hparams.prepare_captions, kwargs=curated)
     names = ["train_raw", *(["curated_raw"] if curated else []), "valid_raw"]
     manifests = [
-        read_pairs(os.path.join(hparams.save_folder, f"{name}.csv"), name)
+        read_pairs(os.path.join(hparams.save_folder, f"{name}.csv"))
         for name in names
     ]
     train_loader = make_train_loader(brain, manifests[:-1])

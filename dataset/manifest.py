@@ -22,7 +22,7 @@ _THREADS = 16
 _FILES_AT_ONCE = 2**14
 
 
-def read_pairs(path, flag, audio_folder=None):
+def read_pairs(path, flag=None, audio_folder=None):
     """Read a CSV of audio-caption pairs.
 
     Arguments
@@ -31,7 +31,7 @@ def read_pairs(path, flag, audio_folder=None):
         CSV with a header; `wav_path` and `caption` are needed, `ID`, `start`,
         `end` and others may be there.
     flag : str
-        The flag that named the file, for errors.
+        The flag that named the file, if one did, for errors.
     audio_folder : str
         Where relative audio paths start; by default in the CSV's folder.
 
@@ -49,17 +49,18 @@ def read_pairs(path, flag, audio_folder=None):
         path, a time that is no number or negative, or an end before its start;
         the message names the first row.
     """
+    given = f"--{flag}=" if flag else ""
     try:
         frame = read_table(path, ["wav_path", "caption"])
     except ValueError as error:
-        raise ValueError(f"--{flag}={error}") from error
+        raise ValueError(f"{given}{error}") from error
     if frame.empty:
-        raise ValueError(f"--{flag}={path} has no rows")
+        raise ValueError(f"{given}{path} has no rows")
     empty = frame.index[frame["wav_path"].str.strip() == ""]
     if len(empty):
         # Row 1 is the header, as a spreadsheet counts.
-        raise ValueError(f"--{flag}={path}: row {empty[0] + 2} has no wav_path")
-    _read_times(frame, f"--{flag}={path}")
+        raise ValueError(f"{given}{path}: row {empty[0] + 2} has no wav_path")
+    _read_times(frame, f"{given}{path}")
     if "ID" not in frame:
         frame["ID"] = [str(i) for i in range(len(frame))]
     folder = os.path.abspath(audio_folder or os.path.dirname(path) or ".")

@@ -117,7 +117,7 @@ def prepare_captions(
     Arguments
     ---------
     save_folder : str
-        Folder of the four files; made if absent.
+        Folder of these files; made if absent.
     data_annot_folder : str
         Folder that holds AudioCaps, Clotho, MACS, FSD50K or `*_index.tsv`
         files, annotations (not hidden) and audio, at any depth.
@@ -150,7 +150,8 @@ def prepare_captions(
         (`no_caption`) or `duplicates`, and captions `held_out`. "train",
         "valid" and perhaps "curated": `clips`, `captions` and `hours`, and
         of "curated" clips `missing` and `unreadable`, captions `no_caption`,
-        and those left out since their recording is `validated` on.
+        and those left out since their recording is `validated` on or, with
+        a test split, `held_out`.
 
     Raises
     ------
@@ -230,10 +231,9 @@ def prepare_captions(
     }
     if curated is not None:
         _check_curated(curated, gone, max_bad_audio, skipped_csv)
-        kept = _not_validated(curated, valid)
+        kept, left_out = _left_to_train_on(curated, pairs, valid)
         write_csv(kept, os.path.join(save_folder, "curated_raw.csv"))
-        validated = len(curated) - len(kept)
-        counts["curated"] = {**_totals(kept), **lost, "validated": validated}
+        counts["curated"] = {**_totals(kept), **lost, **left_out}
     _log_counts(counts, skipped_csv)
     write_json({"arguments": arguments, **hashes, "counts": counts}, record)
     return counts
@@ -353,7 +353,8 @@ def _earlier_counts(save_folder, arguments, hashes):
             ", ".join(changed.values()),
         )
         return None
-    for name in OUTPUTS:
+    lists = ("curated_raw.csv",) if arguments["curation_csv"] else ()
+    for name in (*OUTPUTS, *lists):
         if not os.path.exists(os.path.join(save_folder, name)):
             logger.warning(
                 "%s lacks %s and is prepared again", save_folder, name
@@ -978,16 +979,32 @@ def _check_curated(curated, gone, max_bad_audio, skipped_csv):
         )
 
 
-def _not_validated(curated, valid):
-    """The curated pairs whose recordings are not validated on."""
-    validated = _real(curated["wav_path"]).isin(_real(valid["wav_path"]))
-    if validated.all():
+def _left_to_train_on(curated, pairs, valid):
+    """The curated pairs whose recordings are not kept for other uses.
+
+    Returns
+    -------
+    tuple
+        These pairs, and counts of those whose recordings are validated on, or
+        held out with a test split.
+    """
+    real = _real(curated["wav_path"])
+    validated = real.isin(_real(valid["wav_path"]))
+    held_out = real.isin(_real(pairs["wav_path"][pairs["held_out"]]))
+    held_out &= ~validated
+    counts = {
+        "validated": int(validated.sum()),
+        "held_out": int(held_out.sum()),
+    }
+    kept = curated[~(validated | held_out)]
+    if kept.empty:
         raise ValueError(
-            f"--curation_csv has no pairs to train on: {len(curated)} are of "
-            "recordings to validate on (a smaller --valid_pct leaves more), "
-            "and the others have no audio or no caption"
+            "--curation_csv has no pairs to train on: "
+            f"{counts['validated']} are of recordings to validate on (a "
+            f"smaller --valid_pct leaves more), {counts['held_out']} of a test "
+            "split that is held out, and the others have no audio or no caption"
         )
-    return curated[~validated]
+    return kept, counts
 
 
 # ---- Counts ---------------------------------------------------------------
@@ -1050,9 +1067,10 @@ def _log_counts(counts, skipped_csv):
             *(curated[key] for key in keys),
         )
         logger.info(
-            "%d curated captions are left out: their recordings are validated "
-            "on",
+            "Of curated captions, %d are left out since their recordings are "
+            "validated on, and %d since these are held out",
             curated["validated"],
+            curated["held_out"],
         )
     logger.info(
         "Split by recording: %d captions of %d clips (%.2f h) to train on, "

@@ -53,6 +53,12 @@ def test_lines_before_the_header_may_be_blank(tmp_path, cell):
     assert read_table(tmp_path / "a")["caption"].tolist() == ["rain"]
 
 
+def test_an_empty_line_of_one_column_is_an_empty_cell(tmp_path):
+    (tmp_path / "a").write_bytes(b"\r\ncaption\r\nrain\r\n\r\nhail\r\n")
+    captions = read_table(tmp_path / "a", ["caption"])["caption"]
+    assert captions.tolist() == ["rain", "", "hail"]
+
+
 @pytest.mark.parametrize("folder", ["~", "file:"])
 def test_a_path_is_a_path(tmp_path, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)

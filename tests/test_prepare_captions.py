@@ -506,6 +506,14 @@ def test_a_recording_of_a_test_split_is_held_out_of_every_list(
     ]
     held = {n: c["held_out"] for n, c in counts["datasets"].items()}
     assert held == {"clotho": 5, "k_index": 2, "csv": 1}
+    curated = curation_csv(tmp_path, ["data/link.wav", "data/Clotho/a.wav"])
+    wav(data / "Clotho/a.wav")
+    counts = prepare_captions(
+        save, data, ready, official_test_splits=False, curation_csv=curated
+    )
+    [path] = pd.read_csv(save / "curated_raw.csv")["wav_path"]
+    assert path == str(data / "Clotho/a.wav")
+    assert counts["curated"]["held_out"] == 1
     assert prepare_captions(save, data, ready)["datasets"]["clotho"]["clips"]
 
 
@@ -1117,7 +1125,8 @@ def test_curated_pairs_that_cannot_be_used_are_counted(tmp_path, save, caplog):
         )
 
     hours = round(0.4 / 3600, 4)
-    lost = {"missing": 1, "unreadable": 1, "no_caption": 4, "validated": 0}
+    lost = {"missing": 1, "unreadable": 1, "no_caption": 4}
+    lost |= {"validated": 0, "held_out": 0}
     expected = {"clips": 4, "captions": 4, "hours": hours, **lost}
     assert prepare()["curated"] == expected
     assert len(read(save / "curated_raw.csv")) == 4
@@ -1138,6 +1147,9 @@ def test_curated_pairs_that_cannot_be_used_are_counted(tmp_path, save, caplog):
             == times
         )
         prepare()
+    (save / "curated_raw.csv").unlink()
+    assert prepare()["curated"] == expected
+    assert len(read(save / "curated_raw.csv")) == 4
 
 
 def test_curated_pairs_of_the_validation_set_are_left_out(
@@ -1159,7 +1171,7 @@ def test_curated_pairs_of_the_validation_set_are_left_out(
     assert len(curated) == 6 and not set(curated) & set(valid)
     assert counts["curated"]["captions"] == 6
     assert counts["curated"]["validated"] == 15
-    assert "15 curated captions are left out" in caplog.text
+    assert "Of curated captions, 15 are left out since" in caplog.text
     curation_csv(tmp_path, ["link.wav"])
     with pytest.raises(ValueError, match="no pairs to train on: 1 are"):
         prepare_captions(
