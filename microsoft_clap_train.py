@@ -53,7 +53,7 @@ from models.losses import (
     gather_with_gradient,
 )
 from models.retrieval import recalls
-from models.weights import SETTINGS_FILE, find_checkpoint, hearing_of
+from models.weights import SETTINGS_FILE, find_checkpoint
 from models.zeroshot import class_embeddings, class_scores, clip_embeddings
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class CLAPBrain(sb.Brain):
     # And what accuracies depend on, by which the best checkpoint is chosen.
     zs_settings = ("zs_dataset", "zs_labels_path", "zs_valid_folds")
     zs_settings += ("text_prompt",)
+    plateau = ("factor", "patience", "dont_halve_until_epoch")
 
     def run_settings(self):
         """What a run keeps to its end: name -> number, text or list."""
@@ -84,13 +85,13 @@ class CLAPBrain(sb.Brain):
             names += self.zs_settings
         settings = {name: getattr(self.hparams, name) for name in names}
         pairs = self.train_sampler.global_batch_size
-        clap = self.hparams.clap
+        optimizer = self.hparams.opt_class.keywords
+        plateau = vars(self.hparams.lr_plateau)
         return settings | {
             "step": f"{pairs} pairs",
             "precision": self.precision,
-            "freeze_audio_encoder": clap.audio_encoder.freeze,
-            "freeze_text_encoder": clap.caption_encoder.freeze,
-            "dropout": clap.audio_encoder.base.dropout.p,
+            "opt_class": {k: v for k, v in optimizer.items() if k != "lr"},
+            "lr_plateau": {name: plateau[name] for name in self.plateau},
             **self.hparams.tokenizer.settings(),
         }
 
@@ -429,7 +430,9 @@ def train(brain):
     brain.unreadable, brain.zeroshot_unreadable = {}, {}
     brain.num_clips = pd.concat(manifests)["wav_path"].nunique()
     brain.zeroshot_set = (
-        make_zeroshot_set(brain) if hparams.use_zs_loader else None
+        make_zeroshot_set(brain, manifests[:-1])
+        if hparams.use_zs_loader
+        else None
     )
     brain.loggers = make_loggers(hparams)
     brain.fit(
@@ -468,7 +471,7 @@ def record_settings(brain, names, is_new):
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         settings[f"{name}.csv"] = digest[:12]
     path = os.path.join(brain.checkpointer.checkpoints_dir, SETTINGS_FILE)
-    record = {"training": settings, "network": hearing_of(hparams.clap)}
+    record = {"training": settings, "network": hparams.clap.settings}
     # As it will be read: tuples are lists there.
     record = json.loads(json.dumps(record))
     if is_new:
@@ -506,7 +509,8 @@ def check_flags(hparams):
         )
     counts = ["num_workers", "warmup_steps"]
     experiment.check_numbers(vars(hparams), counts, 0, whole=True)
-    experiment.check_numbers(vars(hparams), ["base_lr", "final_lr"], 0)
+    experiment.check_numbers(vars(hparams), ["base_lr"], 0)
+    experiment.check_numbers(vars(hparams), ["final_lr"], 0, hparams.base_lr)
     fractions = ["curation_prob", "max_bad_audio"]
     experiment.check_numbers(vars(hparams), fractions, 0, 1)
     # A negative one would turn gradients round.
@@ -567,6 +571,14 @@ def make_train_loader(brain, manifests):
             f"--grad_accumulation_factor={hparams.grad_accumulation_factor} "
             "that make a step: give a smaller one, or a smaller batch_size"
         )
+    total = steps * hparams.number_of_epochs
+    if hparams.lr_schedule == "cosine" and hparams.warmup_steps >= total:
+        logger.warning(
+            "The run has %d steps, which --warmup_steps=%d takes all: the "
+            "learning rate will rise to its end, and never fall. Give fewer",
+            total,
+            hparams.warmup_steps,
+        )
     if rest:
         logger.warning(
             "The last %d of the %d batches of an epoch fill no step of "
@@ -623,8 +635,14 @@ def make_valid_loader(brain, manifest):
     )
 
 
-def make_zeroshot_set(brain):
+def make_zeroshot_set(brain, manifests):
     """The validation folds of the zero-shot data set.
+
+    Arguments
+    ---------
+    brain : CLAPBrain
+    manifests : list of pandas.DataFrame
+        What is trained on, to warn if it has the same recordings.
 
     Returns
     -------
@@ -639,6 +657,18 @@ def make_zeroshot_set(brain):
     # Before an epoch of training, rather than after it.
     _, unreadable = probe_audio(paths, hides_bar=not if_main_process())
     brain.note_unreadable(unreadable, brain.zeroshot_unreadable, len(paths))
+    trained_on = pd.concat(manifests)["wav_path"].unique()
+    trained_on = {os.path.realpath(path) for path in trained_on}
+    num_known = sum(os.path.realpath(path) in trained_on for path in paths)
+    if num_known:
+        logger.warning(
+            "%d of the %d clips of --zs_valid_folds=%s are trained on: their "
+            "accuracy, by which the checkpoint is chosen, is too high. Train "
+            "without them, or give other folds",
+            num_known,
+            len(paths),
+            hparams.zs_valid_folds,
+        )
     loader = DataLoader(
         WindowDataset(paths, hparams.reader),
         batch_size=hparams.batch_size,

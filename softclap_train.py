@@ -104,7 +104,13 @@ def load_teacher(hparams):
             "ssl_checkpointer": hparams["ssl_checkpointer"],
         }
     logger.info("The teacher's weights:")
-    load_weights(hparams["teacher"], **source)
+    try:
+        load_weights(hparams["teacher"], **source)
+    except ValueError as error:
+        raise ValueError(
+            "The teacher, which is made as the student is where --teacher says "
+            f"nothing else (--teacher='{{width: 32}}'): {error}"
+        ) from error
     return hparams["teacher"].eval().requires_grad_(False)
 
 
@@ -127,7 +133,7 @@ def check_teacher(hparams):
         )
     if (
         hparams["teacher_checkpointer"]
-        and not (hparams["teacher_checkpoints_dir"])
+        and not hparams["teacher_checkpoints_dir"]
     ):
         raise SystemExit(
             "--teacher_checkpointer chooses a checkpoint of "

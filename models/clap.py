@@ -130,6 +130,12 @@ class CLAP(nn.Module):
     freeze_audio_encoder, freeze_text_encoder : bool
         Train only the projection of that encoder.
 
+    Attributes
+    ----------
+    settings : dict
+        All of these by name, but for those of the text model: what a run keeps
+        to its end.
+
     Raises
     ------
     ValueError
@@ -172,16 +178,24 @@ class CLAP(nn.Module):
         self.sample_rate, self.duration = sample_rate, duration
         self.window_size, self.hop_size = window_size, hop_size
         self.d_proj = d_proj
-        cnn14 = CNN14(
-            sample_rate,
-            window_size,
-            hop_size,
-            mel_bins,
-            fmin,
-            fmax,
-            width,
-            dropout_factor,
-        )
+        audio = {
+            "sample_rate": sample_rate,
+            "window_size": window_size,
+            "hop_size": hop_size,
+            "mel_bins": mel_bins,
+            "fmin": fmin,
+            "fmax": fmax,
+            "width": width,
+            "dropout_factor": dropout_factor,
+        }
+        cnn14 = CNN14(**audio)
+        self.settings = {
+            **audio,
+            "duration": duration,
+            "d_proj": d_proj,
+            "freeze_audio_encoder": freeze_audio_encoder,
+            "freeze_text_encoder": freeze_text_encoder,
+        }
         if text_pretrained:
             bert = AutoModel.from_pretrained(text_model, dtype=torch.float32)
         else:

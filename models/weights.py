@@ -22,6 +22,8 @@ import torch
 from speechbrain.utils.checkpoints import METAFNAME, Checkpointer
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 
+from files import written_whole
+
 logger = logging.getLogger(__name__)
 
 # What the sampler in PANNs' file is pickled with: plain arrays, under the
@@ -37,7 +39,8 @@ _PARTIAL_META = f"{METAFNAME}.partial"
 
 # Beside the checkpoints of a run: what it was trained with.
 SETTINGS_FILE = "settings.json"
-# Settings of the network that the shapes of its parameters do not tell.
+# Settings of the network that weights depend on, and that neither the shapes of
+# its parameters nor its filterbank, which is one of them, tell.
 _HEARING = ("sample_rate", "window_size", "hop_size", "duration")
 
 
@@ -167,21 +170,6 @@ def load_weights(
     ]
 
 
-def hearing_of(clap):
-    """How a model hears: for a run's `SETTINGS_FILE`, under `network`.
-
-    Arguments
-    ---------
-    clap : models.clap.CLAP
-
-    Returns
-    -------
-    dict
-        Name of the setting -> value.
-    """
-    return {name: getattr(clap, name) for name in _HEARING}
-
-
 def find_checkpoint(folder, which=None):
     """The model's file in a SpeechBrain checkpoint folder.
 
@@ -206,10 +194,15 @@ def find_checkpoint(folder, which=None):
         There is no such folder, no checkpoint in it, or no model in that.
     """
     named = f"The checkpoint folder {folder}"
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).absolute()
     if not folder.is_dir():
         raise FileNotFoundError(f"{named} does not exist")
     if (folder / METAFNAME).exists():
+        if which not in (None, folder.name):
+            raise FileNotFoundError(
+                f"{named} is one checkpoint, of which '{which}' cannot be "
+                "chosen: give the folder that it is in"
+            )
         folder, which = folder.parent, folder.name
     elif (folder / "save").is_dir():
         folder = folder / "save"
@@ -317,14 +310,14 @@ def export_microsoft(clap, path):
     clap : models.clap.CLAP
         Model to write.
     path : str
-        Target; written beside and renamed.
+        Target, written whole or not at all.
     """
     state = {name: t.detach().cpu() for name, t in clap.state_dict().items()}
     kernels = _dft_kernels(clap.window_size)
     for part, kernel in zip(("real", "imag"), kernels):
         state[f"audio_encoder.base.{_DFT.format(part)}"] = kernel
-    torch.save({"model": state}, f"{path}.partial")
-    os.replace(f"{path}.partial", path)
+    with written_whole(path) as file:
+        torch.save({"model": state}, file)
 
 
 def _dft_kernels(size):
@@ -397,8 +390,8 @@ def _check_hearing(clap, path, may_differ):
     trained = json.loads(record.read_text())["network"]
     different = {
         name: f"{name} {trained[name]} in training, {value} now"
-        for name, value in hearing_of(clap).items()
-        if value != trained[name]
+        for name, value in clap.settings.items()
+        if name in _HEARING and value != trained[name]
     }
     if different.keys() - {"duration"} and not may_differ:
         raise ValueError(

@@ -106,7 +106,20 @@ def test_a_run_keeps_the_settings_that_it_began_with(flags, tones):
         ({"short_audio": "zero"}, r"short_audio \(repeat -> zero\)\. "),
         ({"precision": "bf16"}, r"precision \(fp32 -> bf16\)\. "),
         ({"clap": network | {"hop_size": 200}}, r"hop_size \(320 -> 200\)\. "),
-        ({"clap": network | {"dropout_factor": 0}}, r"dropout \(0.5 -> 0.0\)"),
+        (
+            {"clap": network | {"dropout_factor": 0}},
+            r"dropout_factor \(1 -> 0\)\. ",
+        ),
+        ({"clap": network | {"fmax": 4000}}, r"fmax \(8000 -> 4000\)\. "),
+        ({"clap": network | {"d_proj": 4}}, r"d_proj \(8 -> 4\)\. "),
+        (
+            {"lr_plateau": {"factor": 0.1}},
+            r"lr_plateau \({'factor': 0.5, .* -> {'factor': 0.1, ",
+        ),
+        (
+            {"opt_class": {"weight_decay": 0.5}},
+            r"opt_class \({'fused': True} -> {.*'weight_decay': 0.5}\)\. ",
+        ),
         ({"clap": frozen}, r"freeze_text_encoder \(False -> True\)\. "),
         (
             {"tokenizer": {"text_max_length": 7}},
@@ -311,6 +324,8 @@ def test_zero_shot_validation_chooses_the_checkpoint(flags, tmp_path):
         "zs_valid_folds": [2],
     }
     train(flags)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "are trained on" not in log
     accuracies = history(tmp_path / "run")["valid_acc"]
     # Six clips are in fold 2.
     assert np.allclose(accuracies * 6, (accuracies * 6).round())
@@ -423,6 +438,32 @@ def test_accumulation_and_the_cosine_count_the_same_steps(flags, tmp_path):
     )
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "The last 1 of the 9 batches of an epoch" in log
+
+
+def test_a_warm_up_without_end_is_told(flags, tmp_path):
+    train(flags, lr_schedule="cosine", number_of_epochs=1)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "has 9 steps, which --warmup_steps=1000 takes all" in log
+
+
+def test_zero_shot_clips_that_are_trained_on_are_told(flags, tmp_path):
+    write_esc_layout(tmp_path / "esc")
+    (tmp_path / "link").symlink_to("esc/audio")
+    rows = [(f"link/{i}.wav", "a dog") for i in range(0, 12, 2)]
+    pairs = pd.DataFrame(rows, columns=["wav_path", "caption"])
+    write_csv(pairs, tmp_path / "pairs.csv")
+    train(
+        flags,
+        train_csv_path=tmp_path / "pairs.csv",
+        use_zs_loader=True,
+        data_zs_folder=tmp_path / "esc",
+        zs_labels_path=tmp_path / "esc" / "labels.csv",
+        number_of_epochs=1,
+        valid_pct=0.1,
+        debug=True,
+    )
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "5 of the 6 clips of --zs_valid_folds=[1] are trained on" in log
 
 
 def test_debug_leaves_no_checkpoint(flags, tmp_path):

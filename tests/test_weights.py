@@ -374,7 +374,7 @@ def save_checkpoints(folder, metas):
     return [checkpointer.save_checkpoint(meta).path for meta in metas]
 
 
-def test_best_checkpoint(tmp_path):
+def test_best_checkpoint(tmp_path, monkeypatch):
     a, b, c = save_checkpoints(
         tmp_path / "save",
         [{"loss": 1.0, "acc": 0.5}, {"loss": 2.0, "acc": 0.7}, {"loss": 3.0}],
@@ -387,6 +387,10 @@ def test_best_checkpoint(tmp_path):
     assert find_checkpoint(a).parent == a
     with pytest.raises(FileNotFoundError, match=r"typo.*acc, loss, latest"):
         find_checkpoint(tmp_path, "typo")
+    with pytest.raises(FileNotFoundError, match="one .*'acc' cannot be chosen"):
+        find_checkpoint(a, "acc")
+    monkeypatch.chdir(a)
+    assert find_checkpoint(".").parent == a
 
 
 def test_best_by_loss_where_there_is_no_accuracy(tmp_path):
