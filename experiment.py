@@ -1,6 +1,6 @@
 """How every script starts: from the command line to objects and a folder.
 
-    hparams, run_opts = experiment.start(sys.argv[1:])
+    hparams, run_opts = experiment.start(sys.argv[1:], needs="opt_class")
 
 The command line is `script.py hparams.yaml --key=value ...`, as in SpeechBrain:
 a key is either one of SpeechBrain's run options or a top-level key of the
@@ -43,14 +43,29 @@ from speechbrain.utils.run_opts import RunOptions
 logger = logging.getLogger(__name__)
 
 # A flag that ends so names a file or folder: an input, which must exist before
-# any work starts, but for these outputs.
+# any work starts, but for --output_folder.
 _PATH_SUFFIXES = ("_path", "_pathfile", "_csv", "_dir", "_folder")
-_OUTPUTS = ("output_folder", "save_folder")
+# SpeechBrain's options that would not do here what they say.
+_COMPILED = "give --compile=True, which compiles what gains by it"
+_REFUSED = {
+    "compile_module_keys": _COMPILED,
+    "compile_using_fullgraph": _COMPILED,
+    "compile_using_dynamic_shape_tracing": _COMPILED,
+    "jit": _COMPILED,
+    "jit_module_keys": _COMPILED,
+    "remove_vector_weight_decay": "only some gradients would be clipped then",
+    "optimizer_step_limit": "a run would go on beyond it when resumed. Give "
+    "--number_of_epochs and --subset_pct",
+}
+# What SpeechBrain's own parser notes among them.
+_NO_OPTIONS = ("param_file", "overridden_args")
+# How SpeechBrain begins the copy of a YAML file in a run's folder.
+_RECORD = "# Generated "
 # Texts that mean nothing: YAML's, and Python's.
 _NULLS = ("", "~", "null", "Null", "NULL", "None")
 
 
-def start(argv, keeps_memory=True):
+def start(argv, needs, keeps_memory=True):
     """Everything between the command line and a script's own work.
 
     Joins the process group where torchrun started several, names the output
@@ -60,6 +75,8 @@ def start(argv, keeps_memory=True):
     ---------
     argv : list of str
         Command line without the script's name.
+    needs : str
+        A key that YAML files of this script have, and others have not.
     keeps_memory : bool
         Whether freed memory is kept for the next step: see
         `keep_freed_memory`. Right for networks, whose steps are all alike. If
@@ -86,6 +103,10 @@ def start(argv, keeps_memory=True):
     # long that captions were embedded faster in fp32, which has others.
     torch.backends.cuda.enable_cudnn_sdp(False)
     hparams_file, run_opts, overrides = parse_arguments(argv)
+    if needs not in _top_level(hparams_file, overrides):
+        raise SystemExit(
+            f"{argv[0]} is of another script: it has no key {needs}"
+        )
     run_opts = fit_to_device(run_opts)
     ddp_init_group(RunOptions.from_dictionary(run_opts))
     same_command = name_output_folder(hparams_file, overrides)
@@ -331,9 +352,19 @@ def parse_arguments(argv):
         raise SystemExit(
             f"usage: python {sys.argv[0]} hparams.yaml [--key=value ...]"
         )
+    for token in argv:
+        try:
+            token.encode()
+        except UnicodeEncodeError:
+            raise SystemExit(
+                f"{token!r} is not UTF-8, which files of results are in: "
+                "rename it, or link to it by another name"
+            ) from None
     (hparams_file, inherited), tokens = _read_hparams(argv[0]), argv[1:]
     defaults = _top_level(hparams_file, inherited)
     options = RunOptions().as_dict()
+    for key in _NO_OPTIONS:
+        del options[key]
     known = sorted(defaults.keys() | options.keys())
     run_opts, overrides = {}, {}
     while tokens:
@@ -353,6 +384,11 @@ def parse_arguments(argv):
             )
         if key in run_opts or key in overrides:
             raise SystemExit(f"--{key} is given twice")
+        if key == "save_folder":
+            raise SystemExit(
+                "--save_folder is always <output_folder>/save, where resumed "
+                "runs and other scripts look for it: give --output_folder"
+            )
         text = _at_home(key, value)
         value = _parse_value(key, text)
         is_text = isinstance(defaults.get(key), str) or _is_path(key)
@@ -372,7 +408,7 @@ def parse_arguments(argv):
     recursive_update(inherited, overrides)
     overrides = inherited
     for key, value in overrides.items():
-        is_input = _is_path(key) and key not in _OUTPUTS
+        is_input = _is_path(key) and key != "output_folder"
         if is_input and value and not os.path.exists(str(value)):
             raise SystemExit(f"--{key}={value} does not exist")
     # Objects are built with these, which say nothing of flags.
@@ -402,22 +438,32 @@ def fit_to_device(run_opts):
     Raises
     ------
     SystemExit
-        fp16 is asked for by `--precision` on a CPU, which cannot do it; or
-        SpeechBrain is told what to compile by itself, or how.
+        There is no such device; or fp16 is asked for on a CPU, which cannot do
+        it; or an option is given that would not do what it says.
     """
     run_opts = dict(run_opts)
-    for key in (
-        "compile_module_keys",
-        "compile_using_fullgraph",
-        "compile_using_dynamic_shape_tracing",
-    ):
+    for key, reason in _REFUSED.items():
         if run_opts.get(key):
-            raise SystemExit(
-                f"--{key}: give --compile=True, which compiles what gains by it"
-            )
+            raise SystemExit(f"--{key} is not taken: {reason}")
+    if "compile_mode" in run_opts and not run_opts.get("compile"):
+        raise SystemExit("--compile_mode is of --compile=True")
     run_opts.setdefault("device", sb.utils.distributed.infer_device())
-    if run_opts["device"] != "cpu":
+    try:
+        device = torch.device(run_opts["device"])
+    except RuntimeError:
+        raise SystemExit(
+            f"--device={run_opts['device']}: give cpu, cuda, or cuda:1 ..."
+        ) from None
+    if device.type == "cuda" and (device.index or 0) >= (
+        torch.cuda.device_count()
+    ):
+        raise SystemExit(
+            f"--device={run_opts['device']}: PyTorch finds "
+            f"{torch.cuda.device_count()} GPUs"
+        )
+    if device.type != "cpu":
         return run_opts
+    run_opts["device"] = "cpu"
     for key in ("auto_mix_prec", "data_parallel_backend", "compile"):
         if run_opts.pop(key, False):
             logger.warning(
@@ -466,7 +512,12 @@ def name_output_folder(hparams_file, overrides):
             raise SystemExit(
                 f"--prev_ckpt_dir={previous} is not the save folder of a run"
             )
-        overrides["output_folder"] = run
+        given = overrides.setdefault("output_folder", run)
+        if os.path.abspath(given) != run:
+            raise SystemExit(
+                f"--output_folder={given} and --prev_ckpt_dir={previous} are "
+                "two runs: give one of them"
+            )
     elif previous is not None:
         raise SystemExit(
             "--prev_ckpt_dir is given without --resume_interrupt=True"
@@ -588,6 +639,13 @@ def _read_hparams(path):
     if not os.path.isfile(path):
         raise SystemExit(f"There is no hyperparameter file {path}")
     with open(path, encoding="utf-8") as file:
+        if file.readline().startswith(_RECORD):
+            raise SystemExit(
+                f"{path} is the record of a run, where flags do not reach what "
+                f"depends on them. Give {file.readline()[2:].strip()} and the "
+                "run's flags"
+            )
+        file.seek(0)
         own = ruamel.yaml.YAML().load(file)
     if "base" not in own:
         return path, {}

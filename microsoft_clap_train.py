@@ -710,7 +710,7 @@ def make_loggers(hparams):
 
 def main(argv):
     """Train as the command line says."""
-    hparams, run_opts = experiment.start(argv)
+    hparams, run_opts = experiment.start(argv, needs="opt_class")
     if "teacher" in hparams:
         raise SystemExit(f"{argv[0]} is of softclap_train.py")
     brain = CLAPBrain(

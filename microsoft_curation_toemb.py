@@ -390,7 +390,7 @@ def read_audio_list(path):
 
 def main(argv):
     """Embed as the command line says."""
-    hparams, run_opts = experiment.start(argv)
+    hparams, run_opts = experiment.start(argv, needs="audio_pathfile")
     if not (hparams["audio_pathfile"] or hparams["text_pathfile"]):
         raise SystemExit("Give --audio_pathfile, --text_pathfile or both")
     experiment.require_weights(hparams)

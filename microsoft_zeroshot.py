@@ -230,7 +230,7 @@ def confusion_figure(truth, guesses, names, accuracy):
 
 def main(argv):
     """Evaluate as the command line says."""
-    hparams, run_opts = experiment.start(argv)
+    hparams, run_opts = experiment.start(argv, needs="folds")
     experiment.require_one_process()
     experiment.require_weights(hparams)
     experiment.take_precision(run_opts)

@@ -263,7 +263,7 @@ def class_names(hparams):
 
 def main(argv):
     """Choose captions as the command line says."""
-    hparams, run_opts = experiment.start(argv)
+    hparams, run_opts = experiment.start(argv, needs="target_csv_path")
     experiment.require_one_process()
     for flag in ("target_csv_path", "emb_dir"):
         if not hparams[flag]:

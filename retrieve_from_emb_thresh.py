@@ -602,7 +602,9 @@ def main(argv):
             "Name the embeddings: --emb_dir=<output_folder>/save of "
             "microsoft_curation_toemb.py"
         )
-    hparams, run_opts = experiment.start(argv, keeps_memory=False)
+    hparams, run_opts = experiment.start(
+        argv, needs="aud_ds_path", keeps_memory=False
+    )
     check_settings(hparams, run_opts["device"])
     folder = hparams["emb_dir"]
     audio = open_embeddings(

@@ -168,11 +168,7 @@ def check_teacher(hparams):
 
 def main(argv):
     """Train as the command line says."""
-    hparams, run_opts = experiment.start(argv)
-    if "teacher" not in hparams:
-        raise SystemExit(
-            f"{argv[0]} has no teacher: give hparams/insper/softclap_train.yaml"
-        )
+    hparams, run_opts = experiment.start(argv, needs="teacher")
     check_teacher(hparams)
     brain = SoftCLAPBrain(
         modules={"clap": hparams["clap"]},

@@ -139,7 +139,9 @@ def ours(folder, precision):
     import experiment
     import microsoft_curation_toemb as script
 
-    hparams, run_opts = experiment.start(flags_of(folder, precision))
+    hparams, run_opts = experiment.start(
+        flags_of(folder, precision), needs="audio_pathfile"
+    )
     run_opts["precision"] = precision
     brain = script.EmbeddingBrain(
         modules={"clap": hparams["clap"]}, hparams=hparams, run_opts=run_opts

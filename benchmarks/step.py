@@ -101,7 +101,8 @@ def ours(folder, precision, *flags):
             f"--output_folder={folder}/{precision}{len(flags)}",
             f"--precision={precision}",
             *flags,
-        ]
+        ],
+        needs="opt_class",
     )
     brain = CLAPBrain(
         modules={"clap": hparams["clap"]},

@@ -34,6 +34,7 @@ ckpt_interval_steps: 0
 output_base: results
 experiment_name: test
 output_folder: !ref <output_base>/<experiment_name>/<time_stamp>
+save_folder: !ref <output_folder>/save
 network: {width: 64, depth: 3}
 """
 
@@ -151,6 +152,9 @@ def test_switches_take_a_value(yaml_file, value):
         (["--seed=1.5"], "--seed=1.5: give a whole number"),
         (["--short_audio=mirror"], "--short_audio=mirror: .* repeat, zero$"),
         (["--resume_interrupt=no"], "--resume_interrupt=no: give True or"),
+        (["--save_folder=x"], "<output_folder>/save.*give --output_folder$"),
+        (["--param_file=x"], "--param_file is neither a key of"),
+        (["--output_base=donn\udce9es"], "--output_base=donn.*is not UTF-8"),
     ],
 )
 def test_wrong_flags(yaml_file, flags, message):
@@ -286,11 +290,35 @@ def test_options_that_need_a_gpu(monkeypatch, caplog):
         "compile_module_keys",
         "compile_using_fullgraph",
         "compile_using_dynamic_shape_tracing",
+        "jit",
+        "jit_module_keys",
+        "remove_vector_weight_decay",
+        "optimizer_step_limit",
     ],
 )
-def test_what_to_compile_is_no_choice(key):
-    with pytest.raises(SystemExit, match=f"^--{key}: give --compile=True"):
+def test_options_that_are_not_taken(key):
+    with pytest.raises(SystemExit, match=f"^--{key} is not taken: "):
         experiment.fit_to_device({key: True, "compile": True})
+
+
+def test_how_to_compile_goes_with_compiling():
+    with pytest.raises(SystemExit, match="is of --compile=True"):
+        experiment.fit_to_device({"compile_mode": "max-autotune"})
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("foo", "give cpu"), ("cuda:99", r"PyTorch finds \d+ GPUs$")],
+)
+def test_a_device_that_is_not_there(device, message):
+    with pytest.raises(SystemExit, match=f"^--device={device}: {message}"):
+        experiment.fit_to_device({"device": device})
+
+
+def test_a_cpu_has_one_name():
+    assert experiment.fit_to_device({"device": "cpu:0"})["device"] == "cpu"
+    with pytest.raises(SystemExit, match="needs a GPU"):
+        experiment.fit_to_device({"device": "cpu:0", "precision": "fp16"})
 
 
 @pytest.mark.parametrize("key", ["precision", "eval_precision"])
@@ -329,6 +357,11 @@ def test_output_folder(yaml_file, tmp_path):
         overrides = {"resume_interrupt": True, "prev_ckpt_dir": previous}
         assert experiment.name_output_folder(yaml_file, overrides)
         assert overrides["output_folder"] == str(tmp_path / "run")
+    overrides["output_folder"] = "run"
+    assert experiment.name_output_folder(yaml_file, overrides)
+    overrides["output_folder"] = "other"
+    with pytest.raises(SystemExit, match="folder=other and .* are two runs"):
+        experiment.name_output_folder(yaml_file, overrides)
 
 
 @pytest.mark.parametrize(
@@ -376,12 +409,6 @@ def test_resume_command_of_several_processes(monkeypatch, machines):
     ]
 
 
-on_glibc = pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc", reason="glibc's allocator alone is told"
-)
-
-
-@on_glibc
 def test_versions_are_those_of_this_python(yaml_file, tmp_path):
     """Whatever pip comes first in the shell's path."""
     (tmp_path / "pip").write_text("#!/bin/sh\necho torch==0.1")
@@ -391,7 +418,7 @@ def test_versions_are_those_of_this_python(yaml_file, tmp_path):
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Name: twice\nVersion: {version}\n")
     (tmp_path / "first" / "broken.dist-info").mkdir()
-    start = "import sys, experiment; experiment.start(sys.argv[1:])"
+    start = "import sys, experiment; experiment.start(sys.argv[1:], 'seed')"
     subprocess.run(
         [sys.executable, "-c", start, yaml_file, "--output_folder=run"],
         env={
@@ -431,6 +458,12 @@ def test_what_is_imported_is_required():
         assert required & {name.lower() for name in packages[module]}, module
 
 
+on_glibc = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="glibc's allocator alone is told"
+)
+
+
+@on_glibc
 def test_freed_memory_is_kept_until_a_process_is_forked():
     program = """
 import os
@@ -467,7 +500,7 @@ import threading
 import experiment
 
 try:
-    experiment.start([], keeps_memory={keeps_memory})
+    experiment.start([], "seed", keeps_memory={keeps_memory})
 except SystemExit:
     libc = ctypes.CDLL("libc.so.6")
     threads = [threading.Thread(target=libc.malloc, args=[9]) for _ in "123"]

@@ -212,10 +212,13 @@ def test_flags_of_the_data_reach_its_preparation(flags, tones, tmp_path):
         "max_bad_audio": 0.375,
         "seed": 77,
     }
-    hparams, _ = experiment.start(argv(flags, **values))
+    hparams, _ = experiment.start(argv(flags, **values), "opt_class")
     save_folder = f"{tmp_path}/run/save"
     expected = {"save_folder": save_folder, **values}
     assert hparams["prepare_captions"].keywords == expected
+    record = f"{tmp_path}/run/hyperparams.yaml"
+    with pytest.raises(SystemExit, match=f"record of a run.* Give {HPARAMS}"):
+        experiment.start([record, "--base_lr=0.1"], "opt_class")
 
 
 def test_the_rate_halves_while_the_loss_is_no_better(
