@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import fcntl
 import functools
 import json
 import os
@@ -22,20 +23,49 @@ def written_whole(path):
     ------
     OSError
         It cannot be written, for instance since the disk is full; what was at
-        the path before is there still, and nothing else is left.
+        the path before is there still, and nothing else is left. Or another
+        process is writing it, which is left alone.
     """
-    partial = f"{path}.partial"
+    partial, descriptor = f"{path}.partial", None
     try:
-        with open(partial, "wb") as file:
+        descriptor = _locked(partial)
+        # Closed before it is renamed, but locked until it has been.
+        with open(os.dup(descriptor), "wb") as file:
+            file.truncate()
             yield file
         os.replace(partial, path)
     except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(partial)
+        if descriptor is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(partial)
         is_own = isinstance(error, OSError) and error.__cause__ is None
         if is_own and error.filename in (None, partial):
             raise OSError(f"{path} cannot be written: {error}") from error
         raise
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _locked(path):
+    """Descriptor of a file, made if absent, that no other process writes."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise OSError(
+                "another process is writing it; wait for that, or have this "
+                "one write elsewhere"
+            ) from None
+        except OSError:
+            return descriptor  # on a disk without locks
+        # The other process may just have put it in its place.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        os.close(descriptor)
 
 
 def write_csv(frame, path):

@@ -116,6 +116,14 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         file.write(b"whole")
         assert path.read_text() == "before"
     assert path.read_text() == "whole"
+    partial = tmp_path / "a.partial"
+    partial.write_text("left by a process that was killed")
+    with written_whole(path) as file:
+        file.write(b"new")
+        with pytest.raises(OSError, match=f"{path} cannot .* another process"):
+            write_csv(pd.DataFrame(), path)
+        file.write(b"er")
+    assert path.read_text() == "newer"
     # What goes wrong elsewhere keeps its own message.
     with pytest.raises(FileNotFoundError), written_whole(path):
         (tmp_path / "absent").read_text()
