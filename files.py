@@ -30,7 +30,7 @@ def written_whole(path):
     try:
         descriptor = _locked(partial)
         # Closed before it is renamed, but locked until it has been.
-        with open(os.dup(descriptor), "wb") as file:
+        with open(partial, "wb", opener=lambda *_: os.dup(descriptor)) as file:
             file.truncate()
             yield file
         os.replace(partial, path)

@@ -6,12 +6,13 @@
 
 Embeds the prompted class names, and keeps the captions whose best similarity
 over the classes reaches the threshold (arXiv 2305.01864). Into <emb_dir> go
-<dataset>_insper_t2t_ds.csv (ID,wav_path,caption,class,similarity) and the
-store of their embeddings, which ADS curation matches audio with. Another task
-than esc, tut and us8k gives its class names as --class_path=classes.txt and
-its name as --dataset.
+<dataset>_insper_t2t_ds.csv (ID,wav_path,caption,class,similarity, and start
+and end where the captions have them) and the store of their embeddings, which
+ADS curation matches audio with. Another task than esc, tut and us8k gives its
+class names as --class_path=classes.txt and its name as --dataset.
 """
 
+import heapq
 import logging
 import os
 import sys
@@ -159,7 +160,8 @@ def choose(similarities, captions, threshold, min_captions_per_class):
     threshold : float
         Captions whose best similarity reaches it are kept.
     min_captions_per_class : int
-        Classes with fewer get their nearest other captions as well, the most
+        Classes for which fewer reach the threshold, though these may be more
+        like another class, get their nearest other captions as well, the most
         similar caption and class of all first; equal captions count once.
 
     Returns
@@ -168,29 +170,68 @@ def choose(similarities, captions, threshold, min_captions_per_class):
         Rows in order, and the index of the class of each.
     """
     nearest = similarities.argmax(axis=1)
-    reach = similarities.max(axis=1) >= threshold
-    chosen = {int(i): int(nearest[i]) for i in np.flatnonzero(reach)}
+    reach = similarities >= threshold
+    is_kept = reach.any(axis=1)
+    chosen = {int(i): int(nearest[i]) for i in np.flatnonzero(is_kept)}
     is_first = ~captions.duplicated().to_numpy()
-    counts = np.bincount(
-        nearest[reach & is_first], minlength=similarities.shape[1]
-    )
-    short = np.flatnonzero(counts < min_captions_per_class)
-    free = np.flatnonzero(is_first & ~reach)
-    # Other classes can take no more of a class's nearest ones than this.
-    most, places = len(short) * min_captions_per_class, []
-    for k in short.tolist():
-        falling = -similarities[free, k]
-        order = np.argsort(falling, kind="stable")[:most]
-        places += [(falling[i], int(free[i]), k) for i in order]
-    for _, i, k in sorted(places):
+    counts = reach[is_first].sum(axis=0)
+    free = np.flatnonzero(is_first & ~is_kept)
+
+    def places(k):
+        for i in _nearest_first(similarities[:, k], free):
+            if counts[k] >= min_captions_per_class:
+                return
+            yield -similarities[i, k], i, k
+
+    classes = range(similarities.shape[1])
+    for _, i, k in heapq.merge(*(places(k) for k in classes)):
         if counts[k] < min_captions_per_class and i not in chosen:
             chosen[i] = k
             counts[k] += 1
+    short = np.flatnonzero(counts < min_captions_per_class)
+    if len(short):
+        logger.warning(
+            "There are too few captions to give --min_captions_per_class=%d to "
+            "each class: %d classes have fewer",
+            min_captions_per_class,
+            len(short),
+        )
     rows = np.array(sorted(chosen), dtype=int)
     return rows, np.array([chosen[i] for i in rows], dtype=int)
 
 
-def report(similarities, rows, classes, labels, captions):
+def _nearest_first(similarities, rows):
+    """Some rows by falling similarity, lower ones first if equal, lazily.
+
+    Few are looked at of very many, so that they are not all sorted.
+
+    Arguments
+    ---------
+    similarities : array
+        (captions,).
+    rows : array of int
+        Those to yield, ascending.
+
+    Yields
+    ------
+    int
+    """
+    begin, size = 0, 64
+    while begin < len(rows):
+        size = min(size, len(rows))
+        found = _highest(similarities, rows, size)
+        yield from found[begin:].tolist()
+        begin, size = len(found), 16 * size
+
+
+def _highest(similarities, rows, count):
+    """The rows of the highest similarities, and all that equal the last."""
+    values = similarities[rows]
+    found = rows[values >= np.partition(values, -count)[-count]]
+    return found[np.argsort(-similarities[found], kind="stable")]
+
+
+def report(similarities, rows, classes, labels, captions, threshold):
     """Log how many captions each class got, and its nearest ones.
 
     Arguments
@@ -203,26 +244,40 @@ def report(similarities, rows, classes, labels, captions):
         (classes,).
     captions : pandas.Series
         All captions.
+    threshold : float
+        As `choose` takes it.
     """
     counts = np.bincount(classes, minlength=len(labels))
     lines = [f"{'class':24}{'captions':>9}{'best':>8}  nearest"]
     for k, label in enumerate(labels):
-        order = np.argsort(-similarities[:, k], kind="stable")
         # Equal captions are shown once.
-        texts = captions.iloc[order].drop_duplicates()[:3]
+        texts = {}
+        for row in _nearest_first(similarities[:, k], np.arange(len(captions))):
+            texts.setdefault(captions.iloc[row])
+            if len(texts) == 3:
+                break
         nearest = " | ".join(text[:60] for text in texts)
-        best = similarities[order[0], k]
+        best = similarities[:, k].max()
         lines.append(f"{label:24}{counts[k]:>9}{best:>8.3f}  {nearest}")
     logger.info("Captions by class\n%s", "\n".join(lines))
-    without = [label for label, n in zip(labels, counts) if n == 0]
-    if without:
-        logger.warning(
-            "No captions for %d of %d classes: %s. Lower --sim_threshold, give "
-            "--min_captions_per_class, or more captions",
-            len(without),
-            len(labels),
-            ", ".join(without),
-        )
+    others = similarities.max(axis=0) >= threshold
+    for reason, is_so in (
+        ("Those that reach the threshold are more like other classes", others),
+        (
+            "Lower --sim_threshold, give --min_captions_per_class, or more "
+            "captions",
+            ~others,
+        ),
+    ):
+        without = [labels[k] for k in np.flatnonzero((counts == 0) & is_so)]
+        if without:
+            logger.warning(
+                "No captions for %d of %d classes: %s. %s",
+                len(without),
+                len(labels),
+                ", ".join(without),
+                reason,
+            )
     logger.info("%d of %d captions kept", len(rows), len(captions))
 
 
@@ -297,7 +352,14 @@ def main(argv):
         hparams["sim_threshold"],
         hparams["min_captions_per_class"],
     )
-    report(similarities, rows, classes, labels, table["caption"])
+    report(
+        similarities,
+        rows,
+        classes,
+        labels,
+        table["caption"],
+        hparams["sim_threshold"],
+    )
     if not len(rows):
         raise RuntimeError(
             f"No caption reaches --sim_threshold={hparams['sim_threshold']}: "
@@ -328,7 +390,9 @@ def ds_manifest(chosen):
         chosen["ID"] = [str(i) for i in range(len(chosen))]
     if "wav_path" not in chosen:
         chosen["wav_path"] = ""
-    return chosen[["ID", "wav_path", "caption", "class", "similarity"]]
+    columns = ["ID", "wav_path", "caption", "class", "similarity"]
+    times = [name for name in ("start", "end") if name in chosen]
+    return chosen[columns + times]
 
 
 if __name__ == "__main__":

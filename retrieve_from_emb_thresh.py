@@ -18,12 +18,12 @@ those whose similarity reaches the threshold (curation/similarity.py), in order
 of audio row, then caption row. They go to `<emb_dir>/<name>_curation.csv`
 (ID,wav_path,caption,similarity,start,end), and what each threshold would keep
 to `<name>_report.json` and `<name>_report.png`. --dry_run=True writes only
-these; --target_pairs=200000 takes the lowest threshold, in steps of 0.01, that
-no more pairs reach, in place of --sim_threshold. Of these pairs the limits
---max_captions_per_audio and --max_audios_per_caption may then keep fewer. A
-caption that is listed twice makes two pairs with a clip, but counts once for
-these limits. With `torchrun --nproc_per_node=N` the processes share the search,
-and the files are the same. The method is that of arXiv 2305.01864.
+these; --target_pairs=200000 takes the lowest threshold, from 0 up in steps of
+0.01, that no more pairs reach, in place of --sim_threshold. Of these pairs the
+limits --max_captions_per_audio and --max_audios_per_caption may then keep
+fewer. A caption that is listed twice makes two pairs with a clip, but counts
+once for these limits. With `torchrun --nproc_per_node=N` the processes share
+the search, and the files are the same. The method is that of arXiv 2305.01864.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ import glob
 import logging
 import os
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -568,9 +569,16 @@ def retrieve(audio, text, hparams, run_opts):
             unit: sink.audios,
             "captions": int((sink.kept > 0).sum()),
         }
+        # Or it would pass for that of a CSV file from another run.
+        report["dry_run"] = dry_run
         write_json(report, f"{base}_report.json")
-        figure = report_figure(report, name)
-        with written_whole(f"{base}_report.png") as file:
+        figure = report_figure(report, f"{name}, dry run" if dry_run else name)
+        with (
+            written_whole(f"{base}_report.png") as file,
+            warnings.catch_warnings(),
+        ):
+            # Those that fonts lack are boxes, of any number.
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
             figure.savefig(file, format="png", dpi=100)
     if not sink.pairs:
         logger.warning(

@@ -745,7 +745,7 @@ def dump_captions(
 
 
 def read_captions(path, flag):
-    """The captions of a CSV, with `ID` and `wav_path` where it has them.
+    """The captions of a CSV, with what else a pair has, where it is there.
 
     Arguments
     ---------
@@ -757,8 +757,9 @@ def read_captions(path, flag):
     Returns
     -------
     pandas.DataFrame
-        All cells as text, whitespace of the captions normalised, rows without
-        a caption left out.
+        `caption`, and of `ID`, `wav_path`, `start` and `end` what is there. All
+        cells as text, whitespace of the captions normalised, paths absolute,
+        rows without a caption left out.
 
     Raises
     ------
@@ -779,8 +780,15 @@ def read_captions(path, flag):
         table = table[~empty].reset_index(drop=True)
     if table.empty:
         raise ValueError(f"--{flag}={path} has no captions")
-    columns = [c for c in ("ID", "wav_path", "caption") if c in table]
-    return table[columns]
+    if "wav_path" in table:
+        # What is made of these may lie in another folder.
+        folder = os.path.abspath(os.path.dirname(path) or ".")
+        table["wav_path"] = [
+            p and os.path.normpath(os.path.join(folder, p))
+            for p in table["wav_path"]
+        ]
+    names = ("ID", "wav_path", "caption", "start", "end")
+    return table[[name for name in names if name in table]]
 
 
 def _check_whole(path, shape, record):

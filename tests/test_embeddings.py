@@ -1105,6 +1105,33 @@ def test_classes_without_captions_are_topped_up():
         assert chosen_rows(similarities, "abcd", 0.7, least) == found
 
 
+def test_captions_that_are_more_like_another_class_count_for_both():
+    """Far ones do not make up for them."""
+    similarities = [[0.9, 0.88], [0.8, 0.79], [0.75, 0.74], [0.1, 0.2]]
+    assert chosen_rows(similarities, "abcd", 0.7, 3) == ([0, 1, 2], [0, 0, 0])
+    found = chosen_rows(similarities, "abcd", 0.77, 3)
+    assert found == ([0, 1, 2, 3], [0, 0, 0, 1])
+
+
+def test_captions_too_few_for_all_classes_are_told(caplog):
+    chosen_rows([[0.9, 0.1], [0.8, 0.5]], "ab", 0.7, 2)
+    assert "2 to each class: 1 classes have fewer" in caplog.text
+
+
+def test_pairs_of_captions_keep_their_audio(choose_captions, tmp_path):
+    (tmp_path / "pairs").mkdir()
+    table = pd.DataFrame({"caption": ["dog", "rain"]})
+    table[["wav_path", "start", "end"]] = ["a/0.wav", 0.5, 2.5]
+    table.to_csv(tmp_path / "pairs" / "x.csv", index=False)
+    chosen = choose_captions(
+        tmp_path / "pairs",
+        target_csv_path=tmp_path / "pairs" / "x.csv",
+        sim_threshold=-1,
+    )
+    assert set(chosen["wav_path"]) == {f"{tmp_path}/pairs/a/0.wav"}
+    assert set(chosen["start"]) == {0.5} and set(chosen["end"]) == {2.5}
+
+
 def test_equal_captions_count_once_for_a_class():
     a, b, c, d = [0.9, 0.1], [0.2, 0.6], [0.3, 0.4], [0.6, 0.3]
     similarities = [a, b, b, a, c, d]
@@ -1219,7 +1246,7 @@ def test_the_table_of_classes(embed, choose_captions, clap, text_model, capsys):
     printed = capsys.readouterr().out
     names = ["dog", "rain"]
     loser = names[1 - winner]
-    assert f"No captions for 1 of 2 classes: {loser}." in printed
+    assert f"No captions for 1 of 2 classes: {loser}. Those that" in printed
     rows = {line.split()[0]: line for line in printed.splitlines() if line}
     counts = np.bincount(nearest[best >= threshold], minlength=2)
     for k, name in enumerate(names):
@@ -1233,7 +1260,10 @@ def test_the_table_of_classes(embed, choose_captions, clap, text_model, capsys):
         shown = rows[name].split(f"{value}  ")[1].split(" | ")
         assert shown == nearest_captions[:3]
     assert f"{counts.sum()} of 5 captions kept" in printed
-    # And topped up from the command line.
+    # And topped up from the command line, if none reaches the threshold.
+    threshold = (similarities[:, 1 - winner].max() + best.max()) / 2
+    choose_captions(save, sim_threshold=float(threshold))
+    assert f"{loser}. Lower --sim" in capsys.readouterr().out
     more = choose_captions(
         save, sim_threshold=float(threshold), min_captions_per_class=1
     )

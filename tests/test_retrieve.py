@@ -379,8 +379,10 @@ def test_dry_run_writes_the_report_alone(run, folder, naive):
         dry_run=True, with_report=False, max_pairs=1, picture=True
     )
     assert rows is None
+    assert report["dry_run"]
     assert report["kept"]["pairs"] == (naive >= THRESHOLD).sum()
     assert (folder / f"{DU}_report.png").stat().st_size > 10000
+    assert not run()[1]["dry_run"]
 
 
 def test_report_counts_what_each_threshold_keeps(run, naive):

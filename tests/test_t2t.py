@@ -10,14 +10,18 @@ from retrieve_ds_t2t import choose, class_names
 def naive_choice(similarities, captions, threshold, count):
     """By searching for the most similar free caption and class each time."""
     nearest = similarities.argmax(axis=1)
+    others = similarities >= threshold
     chosen = {
         i: k for i, k in enumerate(nearest) if similarities[i, k] >= threshold
     }
     firsts = [i for i, c in enumerate(captions) if c not in captions[:i]]
     while True:
-        counts = np.bincount(
-            [k for i, k in chosen.items() if i in firsts],
-            minlength=similarities.shape[1],
+        counts = np.array(
+            [
+                sum(i in firsts and (own == k or others[i, k]) for i, own in c)
+                for c in [chosen.items()]
+                for k in range(similarities.shape[1])
+            ]
         )
         places = [
             (i, k)
