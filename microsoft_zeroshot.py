@@ -10,6 +10,7 @@ model's window is scored on all of its windows. The output folder receives
 results.json, predictions.csv and confusion_matrix.png.
 """
 
+import importlib.metadata
 import logging
 import os
 import sys
@@ -18,7 +19,6 @@ import numpy as np
 import pandas as pd
 import speechbrain as sb
 import torch
-import transformers
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
@@ -34,6 +34,9 @@ from models.zeroshot import (
 )
 
 logger = logging.getLogger(__name__)
+
+# Of a confusion matrix with numbers in it: text takes matplotlib long.
+_MAX_CLASSES_WITH_NUMBERS = 100
 
 
 class ZeroShotBrain(sb.Brain):
@@ -95,18 +98,22 @@ class ZeroShotBrain(sb.Brain):
             predictions(clips, scores, labels["label"].to_numpy()),
             os.path.join(folder, "predictions.csv"),
         )
+        write_json(results, os.path.join(folder, "results.json"))
         figure = confusion_figure(
             truth, guesses, labels["text"].tolist(), results["accuracy"]
         )
         path = os.path.join(folder, "confusion_matrix.png")
         with written_whole(path) as file:
             figure.savefig(file, format="png", dpi=120)
-        write_json(results, os.path.join(folder, "results.json"))
-        logger.info(
+        counts = ("clips", "missing", "unreadable", "not_scored")
+        counts = [results["counts"][name] for name in counts]
+        logger.log(
+            logging.WARNING if any(counts[1:]) else logging.INFO,
             "Zero-shot accuracy %.4f (95 %% interval %.4f to %.4f, chance "
-            "%.4f) on %d clips; %d missing, %d unreadable. See %s",
+            "%.4f) on %d clips; %d missing, %d unreadable, %d not scored (by "
+            "--debug). See %s",
             *(results[k] for k in ("accuracy", "low", "high", "chance")),
-            *(results["counts"][k] for k in ("clips", "missing", "unreadable")),
+            *counts,
             folder,
         )
 
@@ -129,14 +136,19 @@ class ZeroShotBrain(sb.Brain):
             "folds": by_fold.to_dict(),
             "fold_mean": float(by_fold.mean()),
             "classes": {
-                labels["label"][i]: {"accuracy": row["mean"], "clips": n}
+                labels["label"][i]: {
+                    "accuracy": row["mean"],
+                    "clips": int(row["size"]),
+                }
                 for i, row in by_class.iterrows()
-                for n in [int(row["size"])]
             },
             "counts": {
                 "clips": len(clips),
                 "missing": len(self.data.missing),
                 "unreadable": len(self.unreadable),
+                "not_scored": len(self.data.clips)
+                - len(clips)
+                - len(self.unreadable),
             },
             "missing": list(self.data.missing),
             "unreadable": {
@@ -152,7 +164,7 @@ class ZeroShotBrain(sb.Brain):
                 "python": sys.version.split()[0],
                 "torch": torch.__version__,
                 "speechbrain": sb.__version__,
-                "transformers": transformers.__version__,
+                "transformers": importlib.metadata.version("transformers"),
             },
         }
 
@@ -188,6 +200,8 @@ def predictions(clips, scores, labels, k=5):
 def confusion_figure(truth, guesses, names, accuracy):
     """Picture of the confusion matrix, rows being the true classes.
 
+    Of very many classes there are colours alone, and the names of some.
+
     Arguments
     ---------
     truth, guesses : array of int
@@ -205,14 +219,16 @@ def confusion_figure(truth, guesses, names, accuracy):
     matrix = np.zeros((count, count), dtype=int)
     np.add.at(matrix, (truth, guesses), 1)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = 3 + 0.28 * count
+    shown = min(count, _MAX_CLASSES_WITH_NUMBERS)
+    side = 3 + 0.28 * shown
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(count), names, rotation=90)
-    axes.set_yticks(range(count), names)
+    named = range(0, count, -(-count // shown))
+    axes.set_xticks(named, names[:: named.step], rotation=90)
+    axes.set_yticks(named, names[:: named.step])
     axes.tick_params(labelsize=8)
-    for row, column in zip(*matrix.nonzero()):
+    for row, column in zip(*matrix.nonzero()) if shown == count else ():
         axes.text(
             column,
             row,

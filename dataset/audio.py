@@ -206,7 +206,11 @@ def _read(file, begin, end, resample=None):
     dtype = "int16" if is_16_bit else "float32"
     before = min(_MP3_BEFORE, begin) if file.format == "MP3" else 0
     try:
-        file.seek(begin - before)
+        if file.seekable():
+            file.seek(begin - before)
+        else:  # as telephones' codecs
+            file = open_audio(file.name)
+            file.read(begin - before, dtype=dtype)
         frames = file.read(end - begin + before, dtype=dtype, always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise AudioError(f"cannot be decoded: {error}") from error
@@ -313,7 +317,8 @@ class AudioReader:
             Start of the part in seconds, which without `end` is one window
             long; past the last window of the file, that one.
         end : float
-            Where a longer part ends, in seconds.
+            Where the part ends, in seconds. A shorter one than a window is
+            read alone, and fills the window as a short file does.
 
         Returns
         -------
@@ -327,14 +332,20 @@ class AudioReader:
             The file cannot be read there.
         """
         with open_audio(path) as file:
-            first, last = 0, max(self._length(file) - self.num_samples, 0)
+            length, size = self._length(file), self.num_samples
+            if start is not None and end is not None and start < end:
+                part = round((end - start) * self.sample_rate)
+                # Times may be rounded to milliseconds.
+                if part < size - self.sample_rate // 500:
+                    size = max(part, 1)
+            first, last = 0, max(length - size, 0)
             if start is not None:
                 first = min(max(round(start * self.sample_rate), 0), last)
                 end = start if end is None else end
-                last_of_part = round(end * self.sample_rate) - self.num_samples
+                last_of_part = round(end * self.sample_rate) - size
                 last = min(max(last_of_part, first), last)
             begin = min(first + int(fraction * (last - first + 1)), last)
-            return self._window(file, begin), begin / self.sample_rate
+            return self._window(file, begin, size), begin / self.sample_rate
 
     def starts(self, path):
         """Where the consecutive windows that cover a file start, in seconds.
@@ -370,7 +381,12 @@ class AudioReader:
         """
         with open_audio(path) as file:
             begins = self._begins(file)
-            return torch.stack([self._window(file, b) for b in begins])
+            return torch.stack(
+                [
+                    self._window(file, begin, self.num_samples)
+                    for begin in begins
+                ]
+            )
 
     def _length(self, file):
         """Length of an open file in samples at the reader's rate."""
@@ -383,11 +399,9 @@ class AudioReader:
         count = -(-spare // self.num_samples) + 1
         return [min(i * self.num_samples, spare) for i in range(count)]
 
-    def _window(self, file, begin):
-        """The window of an open file from sample `begin` on, made full."""
-        samples = read_samples(
-            file, self.sample_rate, begin, begin + self.num_samples
-        )
+    def _window(self, file, begin, size):
+        """So many samples of an open file from `begin` on, made a window."""
+        samples = read_samples(file, self.sample_rate, begin, begin + size)
         missing = self.num_samples - len(samples)
         if missing == 0:
             return samples

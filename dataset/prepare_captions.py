@@ -66,7 +66,7 @@ FSD50K_INFO = "{}_clips_info_FSD50K.json"
 
 # What annotation files of the official test splits have in their stems.
 TEST_SPLITS = {
-    "audiocaps": re.compile("(^|[_-])test([_-]|$)", re.I),
+    "audiocaps": re.compile("(?<![a-z])test(?![a-z])", re.I),
     "clotho": re.compile("evaluation"),
     "fsd50k": re.compile("eval"),
 }
@@ -157,8 +157,9 @@ def prepare_captions(
     ------
     ValueError
         An argument is out of range, nothing was recognised, an annotation
-        file is broken, or too much audio is missing or unreadable; or there
-        are checkpoints beside files of other arguments.
+        file is broken, or too much audio is missing or unreadable, or shorter
+        than times say; or there are checkpoints beside files of other
+        arguments.
     FileNotFoundError
         `data_annot_folder` or a file that belongs to an annotation is absent.
     """
@@ -213,6 +214,7 @@ def prepare_captions(
 
     _mark_failed(pairs, failed)
     pairs["duration"] = pairs["wav_path"].map(seconds)
+    _check_times(pairs, "train_csv_path", max_bad_audio)
     used = _manifest(pairs)
     train, valid = _split(used, valid_pct, subset_pct, overfit_size, seed)
     if valid.empty:
@@ -231,6 +233,7 @@ def prepare_captions(
     }
     if curated is not None:
         _check_curated(curated, gone, max_bad_audio, skipped_csv)
+        _check_times(curated, "curation_csv", max_bad_audio)
         kept, left_out = _left_to_train_on(curated, pairs, valid)
         write_csv(kept, os.path.join(save_folder, "curated_raw.csv"))
         counts["curated"] = {**_totals(kept), **lost, **left_out}
@@ -881,6 +884,26 @@ def _check_audio(seconds, failed, max_bad_audio, skipped_csv):
             f"--max_bad_audio={max_bad_audio} allows: {_first(reasons)}. All "
             f"are listed in {skipped_csv}."
         )
+
+
+def _check_times(pairs, flag, max_bad_audio):
+    """Raise if too many pairs start where their audio has ended; warn of few.
+
+    Milliseconds for seconds would else make them all about the last window.
+    """
+    if "start" not in pairs:
+        return
+    late = pairs[pairs["start"] >= pairs["duration"]]
+    if late.empty:
+        return
+    said = (
+        f"{len(late)} pairs of --{flag} start behind the end of their audio, "
+        f"as {late['wav_path'].iloc[0]} at {late['start'].iloc[0]:g} of "
+        f"{late['duration'].iloc[0]:g} s"
+    )
+    if len(late) > max_bad_audio * pairs["start"].notna().sum():
+        raise ValueError(f"{said}. Are the times in seconds?")
+    logger.warning("%s: its last window is taken", said)
 
 
 def _first(names, number=3):

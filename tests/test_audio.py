@@ -141,10 +141,42 @@ def test_crop_within_a_part(tmp_path):
     found = [
         reader.crop(path, fraction, start, end)[1]
         for fraction in (0.0, 0.5, 1.0)
-        for start, end in ((0.5, 2.0), (0.5, 1.5), (0.5, 1.0), (1.5, 9.0))
+        for start, end in ((0.5, 2.0), (0.5, 1.5), (0.5, 0.5), (1.5, 9.0))
     ]
     expected = [0.5, 0.5, 0.5, 1.5, 0.75, 0.5, 0.5, 1.75, 1, 0.5, 0.5, 2]
     np.testing.assert_allclose(found, expected, atol=1 / 16000)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.7])
+def test_a_part_shorter_than_a_window_is_read_alone(tmp_path, fraction):
+    path = write_noise(tmp_path / "a.wav", 3.0, 16000)
+    samples = whole(path, 16000)
+    reader = AudioReader(16000, 1.0)
+    window, start = reader.crop(path, fraction, 2.5, 2.9)
+    assert start == 2.5
+    assert torch.equal(window, samples[40000:46400].repeat(3)[:16000])
+    padded, _ = AudioReader(16000, 1.0, "zero").crop(path, fraction, 2.5, 2.9)
+    assert torch.equal(padded[:6400], window[:6400])
+    assert not padded[6400:].any()
+    # A window whose ends were rounded is one still.
+    assert torch.equal(reader.crop(path, 0, 2, 2.999)[0], samples[-16000:])
+    # Beyond the end there is nothing to read.
+    found = reader.crop(path, fraction, 2.8, 3.2)[0][:6400]
+    assert torch.equal(found, samples[-6400:])
+
+
+def test_codecs_without_seek_are_read(tmp_path):
+    path = tmp_path / "gsm.wav"
+    write_noise(path, 3.0, 8000, format="WAV", subtype="GSM610")
+    samples, _ = soundfile.read(path, dtype="float32")
+    with soundfile.SoundFile(path) as file:
+        assert not file.seekable()
+    reader = AudioReader(8000, 1.0)
+    for fraction, begin in ((0.0, 0), (0.5, len(samples) // 2 - 4000)):
+        window = reader.crop(str(path), fraction)[0].numpy()
+        np.testing.assert_array_equal(window, samples[begin : begin + 8000])
+    windows = torch.cat([*reader.windows(str(path))])[:16000]
+    np.testing.assert_array_equal(windows.numpy(), samples[:16000])
 
 
 def test_windows_cover_the_clip(tmp_path):

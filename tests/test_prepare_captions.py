@@ -385,7 +385,7 @@ def test_several_data_sets_and_a_ready_csv(tmp_path, data, save):
     ready = text(
         tmp_path / "lists/ready.csv",
         "caption,similarity,wav_path,ID,start\n"
-        "x,0.9,../data/AudioCaps/train/aaaaaaaaaaa.wav,1,2.5\n"
+        "x,0.9,../data/AudioCaps/train/aaaaaaaaaaa.wav,1,0.05\n"
         "z,0.8,../data/b.wav,1,\n",
     )
     counts = prepare_captions(save, data, ready)
@@ -407,7 +407,7 @@ def test_several_data_sets_and_a_ready_csv(tmp_path, data, save):
     assert dict(zip(both["ID"], both["start"])) == {
         "audiocaps_0": "",
         "more_index_0": "",
-        "csv_0": "2.5",
+        "csv_0": "0.05",
         "csv_1": "",
     }
     assert list(counts["datasets"]) == ["audiocaps", "more_index", "csv"]
@@ -432,7 +432,7 @@ def test_duplicates_are_dropped_and_windows_are_not(tmp_path, save):
     ready = text(
         tmp_path / "r.csv",
         "wav_path,caption,start\n"
-        "a.wav,x,0\na.wav,x,0\na.wav, x ,0\na.wav,x,5.5\na.wav,y,0\n",
+        "a.wav,x,0\na.wav,x,0\na.wav, x ,0\na.wav,x,0.05\na.wav,y,0\n",
     )
     counts = prepare_captions(save, train_csv_path=ready, overfit_size=9)
     counts = counts["datasets"]["csv"]
@@ -440,7 +440,7 @@ def test_duplicates_are_dropped_and_windows_are_not(tmp_path, save):
     train = read(save / "train_raw.csv")
     assert sorted(zip(train["caption"], train["start"])) == [
         ("x", "0.0"),
-        ("x", "5.5"),
+        ("x", "0.05"),
         ("y", "0.0"),
     ]
 
@@ -473,6 +473,9 @@ def test_official_test_splits(data, save, caplog, used):
     [
         ("Test", True),
         ("audiocaps_test", True),
+        ("test (1)", True),
+        ("AudioCaps.Test.v2", True),
+        ("tests", False),
         ("test-2024", True),
         ("AudioCaps-TEST_v2", True),
         ("latest", False),
@@ -1077,7 +1080,7 @@ def test_a_hundred_thousand_captions_in_seconds(data, save):
 
 
 def curation_csv(folder, names):
-    rows = [f"{i},{name},a sound,0.8,1.5" for i, name in enumerate(names)]
+    rows = [f"{i},{name},a sound,0.8,0.05" for i, name in enumerate(names)]
     header = "ID,wav_path,caption,similarity,start"
     return text(folder / "curated.csv", "\n".join([header, *rows]) + "\n")
 
@@ -1098,7 +1101,7 @@ def test_curated_pairs_are_kept_whole(tmp_path, save):
     assert curated["wav_path"].tolist() == [
         str(tmp_path / "curated" / name) for name in names[:-1]
     ]
-    assert set(curated["start"]) == {1.5}
+    assert set(curated["start"]) == {0.05}
     assert counts["curated"]["captions"] == 21
     assert counts["curated"]["clips"] == 20
     skipped = pd.read_csv(save / "skipped_audio.csv")
@@ -1116,7 +1119,7 @@ def test_curated_pairs_that_cannot_be_used_are_counted(tmp_path, save, caplog):
     text(tmp_path / "5.wav", "no audio")
     path = curation_csv(tmp_path, [*names, "6.wav"])
     # A clip with a caption in one row only, and clips without any.
-    rows = "x,0.wav, ,0.8,1.5\nx,4.wav,,0.8,1.5\nx,gone.wav,,0.8,1.5\n"
+    rows = "x,0.wav, ,0.8,0.05\nx,4.wav,,0.8,0.05\nx,gone.wav,,0.8,0.05\n"
     text(path, path.read_text().replace("4.wav,a sound", "4.wav,") + rows)
 
     def prepare():
@@ -1180,6 +1183,21 @@ def test_curated_pairs_of_the_validation_set_are_left_out(
             valid_pct=0.7,
             curation_csv=path,
         )
+
+
+@pytest.mark.parametrize("flag", ["train_csv_path", "curation_csv"])
+def test_times_in_another_unit(tmp_path, save, caplog, flag):
+    ready_csv(tmp_path, clips=4, captions=1)
+    flags = {"train_csv_path": tmp_path / "ready.csv"}
+    rows = [f"audio/{i:02}.wav,a sound {i},20,70\n" for i in range(4)]
+    flags[flag] = tmp_path / "times.csv"
+    text(flags[flag], "wav_path,caption,start,end\n" + "".join(rows))
+    with pytest.raises(ValueError, match=f"4 pairs of --{flag} start .* secon"):
+        prepare_captions(save, **flags, valid_pct=0.3)
+    assert not (save / "prepare.json").exists()
+    prepare_captions(save, **flags, valid_pct=0.3, max_bad_audio=1)
+    [said] = [m for m in caplog.messages if "its last window" in m]
+    assert f"as {tmp_path}/audio/00.wav at 20 of 0.1 s" in said
 
 
 def test_curated_pairs_whose_audio_is_gone(tmp_path, save):

@@ -174,7 +174,8 @@ def test_scores_of_a_run_in_bf16(evaluate, clap, text_model, folder, flag):
 
 def test_what_was_not_scored_is_counted_and_named(evaluate, folder):
     results, table = evaluate()
-    assert results["counts"] == {"clips": 10, "missing": 1, "unreadable": 1}
+    lost = {"missing": 1, "unreadable": 1, "not_scored": 0}
+    assert results["counts"] == {"clips": 10, **lost}
     assert results["missing"] == [str(folder / "audio" / "4.wav")]
     assert list(results["unreadable"]) == [str(folder / "audio" / "5.wav")]
     assert len(table) == 10
@@ -287,6 +288,24 @@ def test_confusion_matrix_counts():
     assert cells == {(0, 0): "1", (0, 1): "1", (1, 1): "1", (2, 0): "1"}
     shares = axes.images[0].get_array()
     assert shares[0].tolist() == [0.5, 0.5, 0]
+
+
+def test_confusion_matrix_of_very_many_classes():
+    """A number or a name in each place would take minutes and gigabytes."""
+    classes = np.arange(900)
+    names = [f"class {k}" for k in classes]
+    figure = microsoft_zeroshot.confusion_figure(classes, classes, names, 1)
+    [axes] = figure.axes
+    assert not axes.texts and len(axes.get_xticks()) == 100
+    assert [t.get_text() for t in axes.get_yticklabels()] == names[::9]
+    assert max(figure.get_size_inches()) < 40
+
+
+def test_clips_that_are_not_scored_are_counted(evaluate):
+    results, table = evaluate(debug=True, batch_size=2)
+    counts = results["counts"]
+    assert counts["clips"] == len(table) == 4
+    assert counts["not_scored"] == 7 and counts["missing"] == 1
 
 
 def test_bootstrap_interval():
