@@ -301,7 +301,7 @@ class CLAPBrain(sb.Brain):
     def zeroshot_accuracy(self):
         """Accuracy on the validation folds of the zero-shot data set."""
         loader, true_classes, texts = self.zeroshot_set
-        paths = loader.dataset.wav_paths
+        paths = loader.dataset.wav_paths.to_pylist()
         clap, correct, count = self.hparams.clap, 0, 0
         with self.evaluation_ctx:
             classes = class_embeddings(

@@ -111,7 +111,8 @@ class EmbeddingBrain(sb.Brain):
         growing = {}
         if hparams.windows_per_clip == "all":
             # Those of a file begin at 0, so that their numbers are told too.
-            growing["windows"] = text_hash([str(s) for s in windows.starts])
+            starts = windows.starts.tolist()
+            growing["windows"] = text_hash([str(start) for start in starts])
         writer = EmbeddingWriter(
             hparams.save_folder,
             AUDIO,
@@ -273,7 +274,7 @@ def windows_of(paths, windows_per_clip, reader, hides_bar):
     if windows_per_clip == "mean":
         return WindowDataset(paths, reader)
     if windows_per_clip == "centre":
-        return CropDataset(paths, reader, [None] * len(paths))
+        return CropDataset(paths, reader)
 
     def starts_in(path):
         try:
@@ -283,7 +284,7 @@ def windows_of(paths, windows_per_clip, reader, hides_bar):
 
     starts = of_headers(starts_in, paths, hides_bar)
     items = [path for path, some in zip(paths, starts) for _ in some]
-    return CropDataset(items, reader, [s for some in starts for s in some])
+    return CropDataset(items, reader, np.concatenate(starts))
 
 
 def finish_audio(writer, windows, duration):
@@ -311,7 +312,7 @@ def finish_audio(writer, windows, duration):
     ValueError
         All items were skipped; nothing but the list of these is left.
     """
-    paths = windows.wav_paths
+    paths = windows.wav_paths.to_pylist()
     index = np.flatnonzero(writer.fate == DONE)
     reasons, readable = {}, []
     for i in np.flatnonzero(np.isin(writer.fate, (SKIPPED, NOT_FINITE))):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 from torch.utils.data import Dataset, default_collate
 
@@ -51,6 +52,23 @@ class PairBatch:
         return self
 
 
+def shared_texts(texts):
+    """Texts in memory that loader processes share, a `pyarrow` array.
+
+    Python's own are copied into each process, page by page: looking at one
+    changes its count of references.
+
+    Arguments
+    ---------
+    texts : sequence of str
+
+    Returns
+    -------
+    pyarrow.LargeStringArray
+    """
+    return pa.array(texts, pa.large_string())
+
+
 class PairDataset(Dataset):
     """Audio-caption pairs, cut to one window each.
 
@@ -74,10 +92,8 @@ class PairDataset(Dataset):
     def __init__(self, manifests, reader, seed):
         pairs = pd.concat(manifests, ignore_index=True)
         pairs = pairs.reindex(columns=["wav_path", "start", "end", "caption"])
-        # Arrays, not a list of dictionaries: workers share them, and a million
-        # pairs take a tenth of the memory.
-        self.wav_paths = pairs["wav_path"].to_numpy(dtype=object)
-        self.captions = pairs["caption"].to_numpy(dtype=object)
+        self.wav_paths = shared_texts(pairs["wav_path"])
+        self.captions = shared_texts(pairs["caption"])
         # Two windows of a recording are two clips: what is heard in one need
         # not be in the other.
         windows = pairs.groupby(
@@ -119,7 +135,7 @@ class PairDataset(Dataset):
         begin = max([0, *self.ends[self.ends < end]])
         unreadable = {}
         for _ in range(_MAX_REPLACEMENTS):
-            path = self.wav_paths[row]
+            path = self.wav_paths[row].as_py()
             part = [None if np.isnan(t) else t for t in self.times[row]]
             try:
                 wav, _ = self.reader.crop(path, rng.random(), *part)
@@ -129,7 +145,7 @@ class PairDataset(Dataset):
             else:
                 return {
                     "wav": wav,
-                    "caption": self.captions[row],
+                    "caption": self.captions[row].as_py(),
                     "clip_id": int(self.clip_ids[row]),
                     "caption_id": int(self.caption_ids[row]),
                     "unreadable": unreadable,
@@ -201,7 +217,7 @@ class WindowDataset(Dataset):
     """
 
     def __init__(self, wav_paths, reader):
-        self.wav_paths = list(wav_paths)
+        self.wav_paths = shared_texts(wav_paths)
         self.reader = reader
 
     def __len__(self):
@@ -217,7 +233,8 @@ class WindowDataset(Dataset):
 
     def read(self, row):
         """The windows of a clip, (windows, samples), and where it starts."""
-        return self.reader.windows(self.wav_paths[row]), math.nan
+        path = self.wav_paths[row].as_py()
+        return self.reader.windows(path), math.nan
 
 
 class CropDataset(WindowDataset):
@@ -229,21 +246,22 @@ class CropDataset(WindowDataset):
         Audio file of each item.
     reader : dataset.audio.AudioReader
         Reads the windows.
-    starts : list of float
-        Where its window starts, in seconds; None takes the centre window, NaN
-        leaves the item out, since its windows are not known.
+    starts : array of float
+        (items,) where their windows start, in seconds; NaN leaves an item out,
+        since its windows are not known. None takes the centre windows.
     """
 
-    def __init__(self, wav_paths, reader, starts):
+    def __init__(self, wav_paths, reader, starts=None):
         super().__init__(wav_paths, reader)
         self.starts = starts
 
     def read(self, row):
         """The window of an item, (1, samples), and where it starts."""
-        start = self.starts[row]
+        start = None if self.starts is None else float(self.starts[row])
         if start is not None and math.isnan(start):
             raise AudioError("could not be read when its windows were listed")
-        window, start = self.reader.crop(self.wav_paths[row], start=start)
+        path = self.wav_paths[row].as_py()
+        window, start = self.reader.crop(path, start=start)
         return window[None], start
 
 
