@@ -44,6 +44,7 @@ from dataset.pipelines import (
     PairCollator,
     PairDataset,
     WindowDataset,
+    batches_of_windows,
     collate_windows,
 )
 from files import write_csv, write_json, written_whole
@@ -671,7 +672,9 @@ def make_zeroshot_set(brain, manifests):
         )
     loader = DataLoader(
         WindowDataset(paths, hparams.reader),
-        batch_size=hparams.batch_size,
+        batch_sampler=batches_of_windows(
+            paths, hparams.reader, hparams.batch_size, hides_bar=True
+        ),
         collate_fn=collate_windows,
         num_workers=hparams.num_workers,
         persistent_workers=hparams.num_workers > 0,

@@ -36,6 +36,7 @@ from curation.embeddings import (
     NOT_FINITE,
     SKIPPED,
     EmbeddingWriter,
+    batched,
     captions_writer,
     dump_captions,
     encoded,
@@ -46,7 +47,12 @@ from curation.embeddings import (
 from curation.fastest import product_seconds
 from dataset.audio import AudioError
 from dataset.manifest import of_headers
-from dataset.pipelines import CropDataset, WindowDataset, collate_windows
+from dataset.pipelines import (
+    CropDataset,
+    WindowDataset,
+    batches_of_windows,
+    collate_windows,
+)
 from files import read_lines, read_table, write_csv, written_whole
 from models.packed import pack_weights
 from models.weights import state_hash
@@ -138,7 +144,16 @@ class EmbeddingBrain(sb.Brain):
         batch_size = hparams.audio_bs
         if not on_gpu:
             batch_size = min(batch_size, CPU_BATCH)
-        pending, bar = writer.work(batch_size, "clip", self.noprogressbar)
+        if hparams.windows_per_clip == "mean":
+            batches = batches_of_windows(
+                paths,
+                hparams.reader,
+                batch_size,
+                self.noprogressbar or not if_main_process(),
+            )
+        else:
+            batches = batched(range(len(windows)), batch_size)
+        pending, bar = writer.work(batches, "clip", self.noprogressbar)
         loader = DataLoader(
             windows,
             batch_sampler=pending,

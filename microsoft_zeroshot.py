@@ -23,7 +23,11 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
 import experiment
-from dataset.pipelines import WindowDataset, collate_windows
+from dataset.pipelines import (
+    WindowDataset,
+    batches_of_windows,
+    collate_windows,
+)
 from files import write_csv, write_json, written_whole
 from models.zeroshot import (
     bootstrap_interval,
@@ -261,9 +265,12 @@ def main(argv):
         brain.data = brain.data.of_folds(hparams["folds"], "folds")
     brain.truth = brain.data.true_classes()
     brain.weights = hparams["load_weights"]()
+    paths = brain.data.clips["wav_path"]
     loader = DataLoader(
-        WindowDataset(brain.data.clips["wav_path"], hparams["reader"]),
-        batch_size=hparams["batch_size"],
+        WindowDataset(paths, hparams["reader"]),
+        batch_sampler=batches_of_windows(
+            paths, hparams["reader"], hparams["batch_size"], hides_bar=True
+        ),
         collate_fn=collate_windows,
         num_workers=hparams["num_workers"],
         pin_memory=brain.device_type == "cuda",

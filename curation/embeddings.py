@@ -435,36 +435,27 @@ class EmbeddingWriter:
         ddp_barrier()
         self.rows, self.fate, self.at = (np.load(p, "r+") for p in self.files)
 
-    def work(self, batch_size, unit, noprogressbar=False, order=None):
+    def work(self, batches, unit, noprogressbar=False):
         """What this process has to do, and a progress bar for it.
-
-        Which items share a batch depends neither on what is done already nor
-        on the number of processes, since the rounding can depend on it.
 
         Arguments
         ---------
-        batch_size : int
-            Items a batch.
+        batches : list of list of int
+            All items. Which of them share a batch must depend neither on what
+            is done already nor on the number of processes: the rounding can
+            depend on it.
         unit : str
             What an item is, for the bar.
         noprogressbar : bool
             Whether to show none.
-        order : list of int
-            All items, those next to each other that are to share batches; by
-            default as they are numbered.
 
         Returns
         -------
         tuple
-            Lists of items that are still to do, and a tqdm bar over the items
+            Batches of items that are still to do, and a tqdm bar over the items
             of this process.
         """
         self._begin()
-        order = range(len(self.fate)) if order is None else order
-        batches = [
-            list(order[i : i + batch_size])
-            for i in range(0, len(order), batch_size)
-        ]
         if torch.distributed.is_initialized():
             rank = torch.distributed.get_rank()
             batches = batches[rank :: torch.distributed.get_world_size()]
@@ -607,6 +598,11 @@ def write_store(base, parts, manifest, settings, info, manifest_path=None):
                     os.remove(earlier)
 
 
+def batched(items, size):
+    """A sequence as lists of so many items; the last may have fewer."""
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]
+
+
 def encoded(batches, encode):
     """Encode batch after batch, a GPU being given each before it has to wait.
 
@@ -717,7 +713,8 @@ def dump_captions(
         lengths = tokenizer.lengths(distinct)
         rows = range(len(distinct))
         order = [row for *_, row in sorted(zip(lengths, distinct, rows))]
-        pending, bar = writer.work(batch_size, "caption", noprogressbar, order)
+        batches = batched(order, batch_size)
+        pending, bar = writer.work(batches, "caption", noprogressbar)
         with bar:
             for rows, vectors in encoded(
                 pending, lambda rows: encode([distinct[i] for i in rows])

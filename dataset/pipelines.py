@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from dataset.audio import AudioError
+from dataset.manifest import of_headers
 
 # Threads that copy windows into pinned memory. The loader's has one, which
 # brings fewer than half of what a large GPU encodes.
@@ -235,6 +236,45 @@ class WindowDataset(Dataset):
         """The windows of a clip, (windows, samples), and where it starts."""
         path = self.wav_paths[row].as_py()
         return self.reader.windows(path), math.nan
+
+
+def batches_of_windows(wav_paths, reader, size, hides_bar):
+    """Whole clips in batches of so many windows at most.
+
+    A longer clip is a batch by itself: it is held as a whole.
+
+    Arguments
+    ---------
+    wav_paths : sequence of str
+        Audio files, whose headers are looked into.
+    reader : dataset.audio.AudioReader
+        Whose windows count.
+    size : int
+        Windows a batch.
+    hides_bar : bool
+        Whether to show no progress.
+
+    Returns
+    -------
+    list of list of int
+        Numbers of the clips, in order, for a `WindowDataset`.
+    """
+
+    def count(path):
+        try:
+            return len(reader.starts(path))
+        except AudioError:
+            return 1
+
+    batches, room = [], 0
+    counts = of_headers(count, list(wav_paths), hides_bar)
+    for row, needed in enumerate(counts):
+        if needed > room:
+            batches.append([])
+            room = size
+        batches[-1].append(row)
+        room -= needed
+    return batches
 
 
 class CropDataset(WindowDataset):

@@ -26,6 +26,7 @@ import retrieve_ds_t2t
 from curation.embeddings import (
     SKIPPED,
     EmbeddingWriter,
+    batched,
     captions_writer,
     check_same_weights,
     dump_captions,
@@ -516,7 +517,8 @@ def test_nothing_that_can_be_read(embed, tmp_path):
 def test_items_that_nobody_embedded_are_not_forgotten(tmp_path):
     def writer():
         new = EmbeddingWriter(tmp_path, "x", "caption", 5, 2, {"weights": "a"})
-        return new, new.work(5, "item", noprogressbar=True)[0]
+        batches = batched(range(5), 5)
+        return new, new.work(batches, "item", noprogressbar=True)[0]
 
     half, _ = writer()
     half.write([0, 1, 4], torch.ones(3, 2))
@@ -1328,7 +1330,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_work(small_disk):
     with pytest.raises(OSError, match=r"need 0\.\d+ GB .*--output_folder"):
         writer(1000)
     assert not list(small_disk.iterdir())
-    writer(100).work(8, "caption", noprogressbar=True)
+    writer(100).work(batched(range(100), 8), "caption", noprogressbar=True)
 
 
 def test_a_disk_that_fills_leaves_no_half_csv(small_disk):
@@ -1394,7 +1396,7 @@ def test_a_kill_leaves_no_vectors_beside_other_captions(
 def test_a_store_in_the_making_has_its_place_on_the_disk(tmp_path):
     """Or a memory map would find the disk full, which kills the process."""
     writer = EmbeddingWriter(tmp_path, "x", "caption", 1000, 50, {})
-    writer.work(8, "caption", noprogressbar=True)
+    writer.work(batched(range(1000), 8), "caption", noprogressbar=True)
     for kind, size in (("rows", 100_000), ("fate", 1000), ("at", 8000)):
         found = (tmp_path / f"x.partial.{kind}.npy").stat()
         assert found.st_blocks * 512 >= size

@@ -10,7 +10,12 @@ import soundfile
 import torch
 
 from dataset.audio import AudioError, AudioReader
-from dataset.pipelines import PairCollator, PairDataset, WindowBatch
+from dataset.pipelines import (
+    PairCollator,
+    PairDataset,
+    WindowBatch,
+    batches_of_windows,
+)
 
 CLIPS = "abcd"
 
@@ -41,6 +46,19 @@ def places(data, draws):
     wavs = torch.stack([data[draw]["wav"] for draw in draws])
     assert torch.equal(wavs, wavs[:, :1] + torch.arange(1000.0))
     return np.divmod(wavs[:, 0].numpy().astype(int), 10000)
+
+
+def test_batches_hold_so_many_windows(folder, tmp_path):
+    """Of clips of three windows each, and some of one, two and nine."""
+    lengths = {"e": 900, "f": 1001, "g": 8001}
+    for name, length in lengths.items():
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(length), 1000)
+    paths = [f"{folder}/{name}.wav" for name in "abcd"]
+    paths[2:2] = [tmp_path / f"{name}.wav" for name in "efg"]
+    paths.insert(2, tmp_path / "absent.wav")
+    # 3, 3, 1, 1, 2, 9, 3, 3
+    found = batches_of_windows(paths, AudioReader(1000, 1), 8, hides_bar=True)
+    assert found == [[0, 1, 2, 3], [4], [5], [6, 7]]
 
 
 @pytest.mark.parametrize(
