@@ -538,6 +538,17 @@ def rank_and_world_size():
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
+def loader_options(brain):
+    """What all loaders of a run have in common."""
+    num_workers = brain.hparams.num_workers
+    return {
+        "num_workers": num_workers,
+        # Forking a process of this size anew would cost seconds an epoch.
+        "persistent_workers": num_workers > 0,
+        "pin_memory": brain.device_type == "cuda",
+    }
+
+
 def make_train_loader(brain, manifests):
     """Loader of mixed batches, registered for checkpoints within an epoch.
 
@@ -592,10 +603,7 @@ def make_train_loader(brain, manifests):
         PairDataset(manifests, hparams.reader, hparams.seed),
         batch_sampler=sampler,
         collate_fn=PairCollator(hparams.tokenizer),
-        num_workers=hparams.num_workers,
-        # Forking a process of this size anew would cost seconds an epoch.
-        persistent_workers=hparams.num_workers > 0,
-        pin_memory=brain.device_type == "cuda",
+        **loader_options(brain),
     )
     brain.checkpointer.add_recoverable("dataloader-TRAIN", loader)
     return loader
@@ -630,9 +638,7 @@ def make_valid_loader(brain, manifest):
         PairDataset([manifest], hparams.reader, hparams.seed),
         batch_sampler=[batch.tolist() for batch in batches],
         collate_fn=PairCollator(hparams.tokenizer),
-        num_workers=hparams.num_workers,
-        persistent_workers=hparams.num_workers > 0,
-        pin_memory=brain.device_type == "cuda",
+        **loader_options(brain),
     )
 
 
@@ -676,9 +682,7 @@ def make_zeroshot_set(brain, manifests):
             paths, hparams.reader, hparams.batch_size, hides_bar=True
         ),
         collate_fn=collate_windows,
-        num_workers=hparams.num_workers,
-        persistent_workers=hparams.num_workers > 0,
-        pin_memory=brain.device_type == "cuda",
+        **loader_options(brain),
     )
     return loader, data.true_classes(), data.labels["text"].tolist()
 

@@ -172,6 +172,16 @@ def open_embeddings(emb_dir, stem, column, manifest_path=None):
             raise ValueError(f"{manifest_path} {problem}, or embed again")
     else:
         logger.warning("%s has no record: of unknown weights", path)
+    if (
+        column == "wav_path"
+        and not manifest["wav_path"].map(os.path.isabs).all()
+    ):
+        # What is made of these may lie in another folder.
+        folder = os.path.dirname(os.path.abspath(manifest_path))
+        manifest["wav_path"] = [
+            os.path.normpath(os.path.join(folder, p))
+            for p in manifest["wav_path"]
+        ]
     return Embeddings(vectors, manifest, info, path)
 
 

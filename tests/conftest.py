@@ -189,6 +189,62 @@ def final_state(folder):
     return torch.load(path, weights_only=True)
 
 
+# Of a training script, after each epoch's training and validation.
+NOTE_PARAMETERS = """
+from models.weights import state_hash
+
+ended = script.CLAPBrain.on_stage_end
+
+def on_stage_end(brain, *args):
+    ended(brain, *args)
+    note(state_hash(dict(brain.hparams.clap.named_parameters())))
+
+script.CLAPBrain.on_stage_end = on_stage_end
+"""
+
+# A script in each process of torchrun, and what that one notes.
+WATCHED = """
+import os, sys
+
+sys.path.insert(0, {root!r})
+import {module} as script
+
+
+def note(what):
+    with open(f"{folder}/noted{{os.environ['RANK']}}", "a") as file:
+        file.write(f"{{what}}\\n")
+
+
+{watch}
+script.main(sys.argv[1:])
+"""
+
+
+def torchrun_watched(script, flags, folder, watch):
+    """As `torchrun`; returns the lines that each process noted.
+
+    Arguments
+    ---------
+    script : str
+    flags : list of str
+    folder : pathlib.Path
+        For the notes.
+    watch : str
+        Python that has the script's module as `script`, and calls `note`.
+    """
+    watched = folder / "watched.py"
+    module = script.removesuffix(".py")
+    watched.write_text(
+        WATCHED.format(
+            root=str(ROOT), module=module, folder=folder, watch=watch
+        )
+    )
+    torchrun(str(watched), flags)
+    return [
+        (folder / f"noted{rank}").read_text().splitlines() for rank in (0, 1)
+    ]
+
+
 def torchrun(script, flags):
     """Run a script's command line in two gloo processes."""
     with socket.socket() as free:

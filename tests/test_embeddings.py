@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import NETWORK, ROOT, torchrun, write_noise
+from conftest import NETWORK, ROOT, torchrun, torchrun_watched, write_noise
 from transformers import AutoModel, AutoTokenizer, RobertaConfig
 
 import microsoft_curation_toemb
@@ -238,10 +238,23 @@ def test_killed_and_resumed_gives_the_same_bytes(
 def test_two_processes_give_the_same_bytes(embed, tmp_path):
     whole = embed("whole")
 
+    watch = """
+write = script.EmbeddingWriter.write
+
+def noted(writer, items, *args):
+    note(f"{writer.base} {sorted(items)}")
+    write(writer, items, *args)
+
+script.EmbeddingWriter.write = noted
+"""
+    shares = []
+
     def main(flags):
-        torchrun("microsoft_curation_toemb.py", flags)
+        script = "microsoft_curation_toemb.py"
+        shares.extend(torchrun_watched(script, flags, tmp_path, watch))
 
     assert contents(embed("two", main=main)) == contents(whole)
+    assert all(shares) and not set(shares[0]) & set(shares[1])
 
 
 def test_a_finished_store_is_kept_and_another_refused(embed, world):

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import ROOT, torchrun, torchrun_watched
 from matplotlib.figure import Figure
 
 import retrieve_from_emb_thresh as script
@@ -204,9 +204,16 @@ def test_default_threshold_of_du(run, naive):
 def test_manifests_elsewhere(run, folder, tmp_path_factory, naive):
     other = tmp_path_factory.mktemp("lists") / "files.txt"
     other.write_text("".join(f"other/{i}.wav\n" for i in range(50)))
-    rows, _ = run(aud_ds_path=other)
-    expected = [f"other/{a}.wav" for a, _ in over(naive, THRESHOLD)]
+    captions = pd.DataFrame({"caption": [f"number {i}" for i in range(30)]})
+    captions.to_csv(other.with_name("captions.csv"), index=False)
+    rows, _ = run(
+        aud_ds_path=other, txt_ds_path=other.with_name("captions.csv")
+    )
+    pairs = over(naive, THRESHOLD)
+    # Relative paths start from the list, wherever the pairs are written.
+    expected = [f"{other.parent}/other/{a}.wav" for a, _ in pairs]
     assert [row[1] for row in rows[1:]] == expected
+    assert [row[2] for row in rows[1:]] == [f"number {t}" for _, t in pairs]
     assert {row[4] for row in rows[1:]} == {""}
 
 
@@ -491,7 +498,7 @@ def test_stores_of_different_size_are_refused(run, folder):
         {"audio_bs": 7, "target_pairs": 40, "max_audios_per_caption": 2},
     ],
 )
-def test_torchrun_shares_the_search(run, folder, flags):
+def test_torchrun_shares_the_search(run, folder, flags, tmp_path):
     """Two gloo processes, of which one has more blocks."""
     # Counts below the threshold come from the fast product, whose format is
     # otherwise chosen by its speed at the time.
@@ -501,13 +508,25 @@ def test_torchrun_shares_the_search(run, folder, flags):
         if path.is_file():
             path.unlink()
     flags = {"emb_dir": folder, "sim_threshold": THRESHOLD, **flags}
-    torchrun(
+    watch = """
+search = script.pairs_over
+
+def noted(*args, rows, **kwargs):
+    note(rows)
+    return search(*args, rows=rows, **kwargs)
+
+script.pairs_over = noted
+"""
+    shares = torchrun_watched(
         "retrieve_from_emb_thresh.py",
         [
             str(CURATION / f"{DU}_retr.yaml"),
             *(f"--{key}={value}" for key, value in flags.items()),
         ],
+        tmp_path,
+        watch,
     )
+    assert set(shares[0]) == {"(0, 28)"} and set(shares[1]) == {"(28, 50)"}
     with open(folder / f"{DU}_curation.csv", newline="") as file:
         assert list(csv.reader(file)) == rows
     assert json.loads((folder / f"{DU}_report.json").read_text()) == report

@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import (
     CAPTION,
+    NOTE_PARAMETERS,
     ROOT,
     check_resume,
     final_state,
     history,
-    torchrun,
+    torchrun_watched,
     write_esc_layout,
 )
 
@@ -319,9 +320,12 @@ def test_curated_audio_that_is_gone(student, tones, tmp_path):
 
 def test_torchrun_shares_a_student(student, tmp_path):
     """Two gloo processes, the targets gathered over both."""
-    torchrun(
+    noted = torchrun_watched(
         "softclap_train.py",
         argv(STUDENT, student, curation_prob=0, curation_csv=None),
+        tmp_path,
+        NOTE_PARAMETERS,
     )
+    assert noted[0] == noted[1] and len(set(noted[0])) == 2
     assert history(tmp_path / "run")["train_data_points"].tolist() == [32, 64]
     assert not any("module." in k for k in final_state(tmp_path / "run"))

@@ -13,11 +13,12 @@ import speechbrain as sb
 import torch
 import yaml
 from conftest import (
+    NOTE_PARAMETERS,
     ROOT,
     check_resume,
     final_state,
     history,
-    torchrun,
+    torchrun_watched,
     write_esc_layout,
     write_noise,
 )
@@ -201,6 +202,20 @@ def test_whole_batches_are_curated(flags, tmp_path, monkeypatch, prob):
     assert abs(is_curated.float().mean() - prob) <= near
 
 
+def test_curated_paths_start_from_their_folder(flags, tones, tmp_path):
+    path = tmp_path / "lists.csv"
+    path.write_bytes((tones / "curated.csv").read_bytes())
+    train(
+        flags,
+        curation_csv=path,
+        curation_prob=0.5,
+        data_curation_folder=tones,
+        number_of_epochs=1,
+    )
+    curated = pd.read_csv(tmp_path / "run" / "save" / "curated_raw.csv")
+    assert curated["wav_path"].str.startswith(f"{tones}/").all()
+
+
 def test_flags_of_the_data_reach_its_preparation(flags, tones, tmp_path):
     values = {
         "data_annot_folder": str(tones),
@@ -212,10 +227,31 @@ def test_flags_of_the_data_reach_its_preparation(flags, tones, tmp_path):
         "max_bad_audio": 0.375,
         "seed": 77,
     }
-    hparams, _ = experiment.start(argv(flags, **values), "opt_class")
+    (tmp_path / "pann.pth").touch()
+    weights = {
+        "pann_ckpt_path": f"{tmp_path}/pann.pth",
+        "clap_ckpt_path": f"{tmp_path}/pann.pth",
+        "ssl_checkpoints_dir": str(tmp_path),
+        "ssl_checkpointer": "latest",
+        "recompute_mel": True,
+    }
+    zeroshot = {
+        "zs_dataset": "tut",
+        "data_zs_folder": str(tones),
+        "zs_labels_path": f"{tones}/pairs.csv",
+    }
+    others = {"short_audio": "zero", **weights, **zeroshot}
+    command = argv(flags, **values, **others)
+    hparams, _ = experiment.start(command, "opt_class")
     save_folder = f"{tmp_path}/run/save"
     expected = {"save_folder": save_folder, **values}
     assert hparams["prepare_captions"].keywords == expected
+    assert hparams["reader"].short == "zero"
+    expected = {"clap": hparams["clap"], **weights}
+    assert hparams["load_weights"].keywords == expected
+    names = ("dataset", "data_folder", "labels_path")
+    expected = dict(zip(names, zeroshot.values()))
+    assert hparams["prepare_zeroshot"].keywords == expected
     record = f"{tmp_path}/run/hyperparams.yaml"
     with pytest.raises(SystemExit, match=f"record of a run.* Give {HPARAMS}"):
         experiment.start([record, "--base_lr=0.1"], "opt_class")
@@ -238,6 +274,13 @@ def test_the_rate_halves_while_the_loss_is_no_better(
     figures = history(tmp_path / "run")
     assert figures["valid_loss"].tolist() == losses
     assert figures["lr"].tolist() == 6 * [0.01] + 3 * [0.005] + [0.004]
+    # A resumed run goes on to count.
+    for epochs in (5, 10):
+        flags["output_folder"] = tmp_path / "resumed"
+        train(flags, number_of_epochs=epochs)
+    pd.testing.assert_series_equal(
+        history(tmp_path / "resumed")["lr"], figures["lr"]
+    )
 
 
 def test_the_scale_is_held_at_100(flags, tiny_clap, tmp_path):
@@ -282,14 +325,15 @@ def test_mixed_precision_and_tensorboard(flags, tmp_path):
     np.testing.assert_allclose(low["train_loss"], high["train_loss"], rtol=0.02)
 
 
-def test_only_the_best_and_the_last_checkpoint_are_kept(flags, tmp_path):
-    train(flags, number_of_epochs=4)
+@pytest.mark.parametrize("count", [1, 2])
+def test_only_the_best_and_the_last_checkpoint_are_kept(flags, tmp_path, count):
+    train(flags, number_of_epochs=4, num_ckpt_keep=count)
     metas = [
         yaml.safe_load(path.read_text())
         for path in (tmp_path / "run" / "save").glob("CKPT+*/CKPT.yaml")
     ]
     losses = history(tmp_path / "run")["valid_loss"]
-    kept = {losses.idxmin() + 1, 4}
+    kept = {*(losses.nsmallest(count).index + 1), 4}
     assert {meta["epoch"] for meta in metas} == kept
     best = find_checkpoint(tmp_path / "run").parent / "CKPT.yaml"
     assert yaml.safe_load(best.read_text())["loss"] == losses.min()
@@ -659,7 +703,11 @@ def test_unreadable_audio_is_skipped_counted_and_limited(flags, tmp_path):
 
 def test_torchrun_trains_as_one(flags, tmp_path):
     """Two gloo processes: one folder, one log, twice the batch."""
-    torchrun("microsoft_clap_train.py", argv(flags))
+    noted = torchrun_watched(
+        "microsoft_clap_train.py", argv(flags), tmp_path, NOTE_PARAMETERS
+    )
+    # Gradients are those of both, so that the models stay the same.
+    assert noted[0] == noted[1] and len(set(noted[0])) == 2
     figures = history(tmp_path / "run")
     assert figures["epoch"].tolist() == [1, 2]
     assert (

@@ -19,7 +19,9 @@ from conftest import (
     write_tone,
 )
 
+import experiment
 import microsoft_zeroshot
+from dataset import prepare_zeroshot
 from dataset.text import CaptionTokenizer
 from models.weights import (
     AtomicCheckpointer,
@@ -275,6 +277,52 @@ def test_every_flag_may_be_empty(evaluate):
     empty = dict.fromkeys(keys.difference(given), "")
     results, _ = evaluate("b", **empty)
     assert results == expected
+
+
+def test_flags_of_the_data_reach_its_preparation(
+    evaluate, folder, tmp_path, monkeypatch
+):
+    seen = {}
+
+    def prepare(**keywords):
+        seen.update(keywords)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_zeroshot, "prepare_zeroshot", prepare)
+    start = experiment.start
+
+    def noted(*args, **kwargs):
+        hparams, run_opts = start(*args, **kwargs)
+        seen.update(hparams["load_weights"].keywords)
+        seen["short"] = hparams["reader"].short
+        return hparams, run_opts
+
+    monkeypatch.setattr(experiment, "start", noted)
+    wanted = {
+        "data_folder": str(folder),
+        "labels_path": str(folder / "labels.csv"),
+        "esc10": True,
+        "tut_part": "evaluation",
+        "clap_ckpt_path": str(folder / "clap.pth"),
+        "ssl_checkpoints_dir": str(folder / "save"),
+        "ssl_checkpointer": "latest",
+    }
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(hparams="tut", short_audio="zero", **wanted)
+    wanted |= {"dataset": "tut", "short": "zero"}
+    assert {name: seen[name] for name in wanted} == wanted
+
+
+def test_the_interval_is_drawn_with_the_seed(evaluate, monkeypatch):
+    seeds = []
+
+    def interval(correct, seed):
+        seeds.append(seed)
+        return bootstrap_interval(correct, seed=seed)
+
+    monkeypatch.setattr(microsoft_zeroshot, "bootstrap_interval", interval)
+    evaluate(seed=5)
+    assert seeds == [5]
 
 
 def test_confusion_matrix_counts():
