@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -456,6 +457,50 @@ def test_what_is_imported_is_required():
     assert "torch" in others
     for module in others:
         assert required & {name.lower() for name in packages[module]}, module
+
+
+def test_wrong_flags_do_not_wait_for_what_builds_networks():
+    """Nor do any scripts import what they do not use."""
+    scripts = [
+        path.stem
+        for path in ROOT.glob("*.py")
+        if "experiment.start(" in path.read_text() and path.stem != "experiment"
+    ]
+    assert len(scripts) == 6
+    program = f"import sys, {', '.join(scripts)}; print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    modules = run.stdout.split()
+    assert "torch" in modules
+    assert not {"transformers", "librosa"} & set(modules)
+
+
+def documented_commands():
+    """Command lines of scripts with all of their flags, in all documents."""
+    found = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text().replace("\\\n", " ")
+        found += re.findall(
+            r"^    .*?\w+\.py +(hparams/\S+\.yaml.*)$", text, re.M
+        )
+    return [command for command in found if "[flags]" not in command]
+
+
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_commands_have_no_wrong_flag(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(os.path, "exists", lambda _: True)
+    _, run_opts, overrides = experiment.parse_arguments(shlex.split(command))
+    flags = [word for word in shlex.split(command) if word.startswith("--")]
+    assert flags
+    assert {flag[2:].partition("=")[0] for flag in flags} <= {
+        *run_opts, *overrides
+    }  # fmt: skip
 
 
 on_glibc = pytest.mark.skipif(
