@@ -198,6 +198,7 @@ def prepare_captions(
         # other arguments.
         os.remove(record)
 
+    pairs["wav_path"] = _one_name(pairs["wav_path"])
     pairs["fate"] = _fates(pairs)
     wanted = pairs["wav_path"][pairs["fate"] == "used"].unique()
     seconds, failed = _probe(wanted)
@@ -838,11 +839,8 @@ def _read_index(path):
 
 def _fates(pairs):
     """Why each pair is left out, or "used", before its audio is looked at."""
-    held_out = pairs["held_out"]
-    if held_out.any():
-        # Other lists may have these recordings too.
-        real = _real(pairs["wav_path"])
-        held_out = real.isin(real[held_out])
+    # Other lists may have these recordings too.
+    held_out = pairs["wav_path"].isin(pairs["wav_path"][pairs["held_out"]])
     # Two windows of a recording are two examples.
     same = ["wav_path", "caption", "start", "end"]
     same = [column for column in same if column in pairs]
@@ -937,8 +935,7 @@ def _split(pairs, valid_pct, subset_pct, overfit_size, seed):
     depends on nothing but their names and the seed. A smaller subset is part
     of every larger one, and they all have the same validation pairs.
     """
-    # A recording that several paths lead to has the name of the first.
-    names = pairs["wav_path"].groupby(_real(pairs["wav_path"])).transform("min")
+    names = pairs["wav_path"]
     clips = sorted(names.unique())
     random.Random(seed).shuffle(clips)
     wanted = max(round(valid_pct * len(clips)), 1)
@@ -952,9 +949,18 @@ def _split(pairs, valid_pct, subset_pct, overfit_size, seed):
     return train, pairs[names.isin(clips[:num_valid])]
 
 
+def _one_name(paths):
+    """Paths, of which those that lead to one recording are all the first."""
+    return paths.groupby(_real(paths)).transform("min")
+
+
 def _real(paths):
-    """The files that paths lead to, over whatever links."""
-    return paths.map({path: os.path.realpath(path) for path in paths.unique()})
+    """The files that paths lead to, over whatever links; bare names stay."""
+    real = {path: path for path in paths.unique()}
+    real |= {
+        path: os.path.realpath(path) for path in real if os.path.isabs(path)
+    }
+    return paths.map(real)
 
 
 def _read_curated(curation_csv, data_curation_folder):
