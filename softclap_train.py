@@ -108,8 +108,8 @@ def load_teacher(hparams):
         load_weights(hparams["teacher"], **source)
     except ValueError as error:
         raise ValueError(
-            "The teacher, which is made as the student is where --teacher says "
-            f"nothing else (--teacher='{{width: 32}}'): {error}"
+            "The teacher, whose network is the student's unless --teacher says "
+            f"otherwise (--teacher='{{width: 32}}'): {error}"
         ) from error
     return hparams["teacher"].eval().requires_grad_(False)
 
