@@ -480,11 +480,13 @@ def record_settings(brain, names, is_new):
         return
     with open(path, encoding="utf-8") as file:
         began = json.load(file)
+    # What only one of them has is of another version of this code, or goes with
+    # a setting that both have.
     different = [
-        f"{name} ({began[part].get(name)} -> {now.get(name)})"
+        f"{name} ({began[part][name]} -> {now[name]})"
         for part, now in record.items()
-        for name in {**began[part], **now}
-        if began[part].get(name) != now.get(name)
+        for name in now
+        if began[part].get(name, now[name]) != now[name]
     ]
     if different:
         raise ValueError(

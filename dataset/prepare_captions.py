@@ -1099,7 +1099,7 @@ def _log_counts(counts, skipped_csv):
             "Of curated captions, %d are left out since their recordings are "
             "validated on, and %d since these are held out",
             curated["validated"],
-            curated["held_out"],
+            curated.get("held_out", 0),  # not counted by earlier versions
         )
     logger.info(
         "Split by recording: %d captions of %d clips (%.2f h) to train on, "

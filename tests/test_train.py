@@ -129,6 +129,15 @@ def test_a_run_keeps_the_settings_that_it_began_with(flags, tones):
     ):
         with pytest.raises(ValueError, match=message):
             train(flags, **changes)
+    # An earlier version wrote down less.
+    path = f"{flags['output_folder']}/save/settings.json"
+    with open(path) as file:
+        record = json.load(file)
+    del record["training"]["lr_plateau"], record["network"]["fmax"]
+    with open(path, "w") as file:
+        json.dump(record, file)
+    with pytest.raises(ValueError, match=r": d_proj \(8 -> 4\)\. Give"):
+        train(flags, clap=network | {"d_proj": 4}, lr_plateau={"factor": 0.1})
     path = f"{flags['output_folder']}/save/train_raw.csv"
     write_csv(pd.read_csv(path)[:-1], path)
     with pytest.raises(ValueError, match=r"train_raw.csv \(\w+ -> \w+\)\. "):
