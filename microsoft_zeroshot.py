@@ -109,15 +109,20 @@ class ZeroShotBrain(sb.Brain):
         path = os.path.join(folder, "confusion_matrix.png")
         with written_whole(path) as file:
             figure.savefig(file, format="png", dpi=120)
-        counts = ("clips", "missing", "unreadable", "not_scored")
-        counts = [results["counts"][name] for name in counts]
+        counts = results["counts"]
+        if counts["not_scored"]:
+            logger.warning(
+                "%d clips were not scored: --debug takes a few batches alone",
+                counts["not_scored"],
+            )
         logger.log(
-            logging.WARNING if any(counts[1:]) else logging.INFO,
+            logging.WARNING
+            if counts["missing"] or counts["unreadable"]
+            else logging.INFO,
             "Zero-shot accuracy %.4f (95 %% interval %.4f to %.4f, chance "
-            "%.4f) on %d clips; %d missing, %d unreadable, %d not scored (by "
-            "--debug). See %s",
+            "%.4f) on %d clips; %d missing, %d unreadable. See %s",
             *(results[k] for k in ("accuracy", "low", "high", "chance")),
-            *counts,
+            *(counts[k] for k in ("clips", "missing", "unreadable")),
             folder,
         )
 
