@@ -405,6 +405,16 @@ def parse_arguments(argv):
             overrides[key] = value
         else:
             run_opts[key] = _run_option(key, value, options[key])
+    run, previous = (
+        overrides.get(key) for key in ("output_folder", "prev_ckpt_dir")
+    )
+    if run and previous:
+        same = (run, os.path.join(run, "save"))
+        if os.path.realpath(previous) not in map(os.path.realpath, same):
+            raise SystemExit(
+                f"--output_folder={run} and --prev_ckpt_dir={previous} are two "
+                "runs: give one of them"
+            )
     recursive_update(inherited, overrides)
     overrides = inherited
     for key, value in overrides.items():
@@ -446,11 +456,11 @@ def fit_to_device(run_opts):
         if run_opts.get(key):
             raise SystemExit(f"--{key} is not taken: {reason}")
     if "compile_mode" in run_opts and not run_opts.get("compile"):
-        raise SystemExit("--compile_mode is of --compile=True")
+        logger.warning("--compile_mode is not used without --compile=True")
     run_opts.setdefault("device", sb.utils.distributed.infer_device())
     try:
         device = torch.device(run_opts["device"])
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise SystemExit(
             f"--device={run_opts['device']}: give cpu, cuda, or cuda:1 ..."
         ) from None
@@ -459,7 +469,8 @@ def fit_to_device(run_opts):
     ):
         raise SystemExit(
             f"--device={run_opts['device']}: PyTorch finds "
-            f"{torch.cuda.device_count()} GPUs"
+            f"{torch.cuda.device_count()} GPUs, of which each process of "
+            "torchrun takes one"
         )
     if device.type != "cpu":
         return run_opts
@@ -512,12 +523,7 @@ def name_output_folder(hparams_file, overrides):
             raise SystemExit(
                 f"--prev_ckpt_dir={previous} is not the save folder of a run"
             )
-        given = overrides.setdefault("output_folder", run)
-        if os.path.abspath(given) != run:
-            raise SystemExit(
-                f"--output_folder={given} and --prev_ckpt_dir={previous} are "
-                "two runs: give one of them"
-            )
+        overrides["output_folder"] = run
     elif previous is not None:
         raise SystemExit(
             "--prev_ckpt_dir is given without --resume_interrupt=True"

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 _BLOCK_BYTES = 2**24  # a row must be shorter
+_TAIL_BYTES = 2**12  # with all empty lines that a file may end with
 # Python's own limit is 2**17, also for a cell.
 csv.field_size_limit(_BLOCK_BYTES)
 
@@ -131,15 +132,26 @@ def read_table(path, columns=()):
                 pa.csv.ParseOptions(
                     newlines_in_values=True,
                     # With one column, such a line is a row: its cell is empty.
+                    # But not at the end.
                     ignore_empty_lines=len(names) > 1,
                 ),
                 pa.csv.ConvertOptions(
                     column_types=dict.fromkeys(names, pa.string())
                 ),
             )
+            if len(names) == 1:
+                table = table.slice(0, len(table) - _empty_lines_below(file))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     return table.to_pandas()
+
+
+def _empty_lines_below(file):
+    """How many empty lines a binary file ends with."""
+    file.seek(max(os.fstat(file.fileno()).st_size - _TAIL_BYTES, 0))
+    tail = file.read()
+    ends = tail[len(tail.rstrip(b"\r\n")) :]
+    return max(ends.count(b"\n") - 1, 0)
 
 
 def _checked_header(file, columns, has_quotes):

@@ -86,12 +86,15 @@ class CLAPBrain(sb.Brain):
             names += self.zs_settings
         settings = {name: getattr(self.hparams, name) for name in names}
         pairs = self.train_sampler.global_batch_size
-        optimizer = self.hparams.opt_class.keywords
+        optimizer = self.hparams.opt_class
         plateau = vars(self.hparams.lr_plateau)
         return settings | {
             "step": f"{pairs} pairs",
             "precision": self.precision,
-            "opt_class": {k: v for k, v in optimizer.items() if k != "lr"},
+            "opt_class": optimizer.func.__name__,
+            "opt_options": {
+                k: v for k, v in optimizer.keywords.items() if k != "lr"
+            },
             "lr_plateau": {name: plateau[name] for name in self.plateau},
             **self.hparams.tokenizer.settings(),
         }
@@ -666,18 +669,7 @@ def make_zeroshot_set(brain, manifests):
     # Before an epoch of training, rather than after it.
     _, unreadable = probe_audio(paths, hides_bar=not if_main_process())
     brain.note_unreadable(unreadable, brain.zeroshot_unreadable, len(paths))
-    trained_on = pd.concat(manifests)["wav_path"].unique()
-    trained_on = {os.path.realpath(path) for path in trained_on}
-    num_known = sum(os.path.realpath(path) in trained_on for path in paths)
-    if num_known:
-        logger.warning(
-            "%d of the %d clips of --zs_valid_folds=%s are trained on: their "
-            "accuracy, by which the checkpoint is chosen, is too high. Train "
-            "without them, or give other folds",
-            num_known,
-            len(paths),
-            hparams.zs_valid_folds,
-        )
+    run_on_main(warn_of_trained_on, args=[paths, manifests])
     loader = DataLoader(
         WindowDataset(paths, hparams.reader),
         batch_sampler=batches_of_windows(
@@ -687,6 +679,29 @@ def make_zeroshot_set(brain, manifests):
         **loader_options(brain),
     )
     return loader, data.true_classes(), data.labels["text"].tolist()
+
+
+def warn_of_trained_on(paths, manifests):
+    """Warn if clips to validate on are among the recordings to train on.
+
+    Arguments
+    ---------
+    paths : sequence of str
+        The clips.
+    manifests : list of pandas.DataFrame
+        What is trained on.
+    """
+    trained_on = pd.concat(manifests)["wav_path"].unique()
+    trained_on = {os.path.realpath(path) for path in trained_on}
+    num_known = sum(os.path.realpath(path) in trained_on for path in paths)
+    if num_known:
+        logger.warning(
+            "%d of the %d clips of --zs_valid_folds are trained on: their "
+            "accuracy, by which the checkpoint is chosen, is too high. Train "
+            "without them, or give other folds",
+            num_known,
+            len(paths),
+        )
 
 
 def make_loggers(hparams):

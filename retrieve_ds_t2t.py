@@ -183,8 +183,8 @@ def choose(similarities, captions, threshold, min_captions_per_class):
                 return
             yield -similarities[i, k], i, k
 
-    classes = range(similarities.shape[1])
-    for _, i, k in heapq.merge(*(places(k) for k in classes)):
+    short = np.flatnonzero(counts < min_captions_per_class).tolist()
+    for _, i, k in heapq.merge(*(places(k) for k in short)):
         if counts[k] < min_captions_per_class and i not in chosen:
             chosen[i] = k
             counts[k] += 1

@@ -205,12 +205,17 @@ def _read_manifest(path, column):
         if len(empty):
             # Row 1 is the header, as a spreadsheet counts.
             raise ValueError(f"{path}: row {empty[0] + 2} has no wav_path")
-    for name in manifest.columns.intersection(["start", "end"]):
-        try:
-            manifest[name] = pd.to_numeric(manifest[name])
-        except ValueError as error:
-            raise ValueError(f"{path}, column {name}: {error}") from error
+    _read_times(manifest, path)
     return manifest
+
+
+def _read_times(table, source):
+    """Make numbers of the texts of `start` and `end`, where these are there."""
+    for name in table.columns.intersection(["start", "end"]):
+        try:
+            table[name] = pd.to_numeric(table[name])
+        except ValueError as error:
+            raise ValueError(f"{source}, column {name}: {error}") from error
 
 
 def read_record(path, keys):
@@ -764,14 +769,14 @@ def read_captions(path, flag):
     Returns
     -------
     pandas.DataFrame
-        `caption`, and of `ID`, `wav_path`, `start` and `end` what is there. All
-        cells as text, whitespace of the captions normalised, paths absolute,
-        rows without a caption left out.
+        `caption`, and `ID`, `wav_path`, and with that `start` and `end`, where
+        they are there. Whitespace of the captions is normalised, paths are
+        absolute, times numbers, and rows without a caption left out.
 
     Raises
     ------
     ValueError
-        It cannot be read or has no captions.
+        It cannot be read, has no captions, or a time that is no number.
     """
     try:
         table = read_table(path, ["caption"])
@@ -787,14 +792,16 @@ def read_captions(path, flag):
         table = table[~empty].reset_index(drop=True)
     if table.empty:
         raise ValueError(f"--{flag}={path} has no captions")
+    names = ["ID", "wav_path", "caption"]
     if "wav_path" in table:
+        names += ["start", "end"]
+        _read_times(table, f"--{flag}={path}")
         # What is made of these may lie in another folder.
         folder = os.path.abspath(os.path.dirname(path) or ".")
         table["wav_path"] = [
             p and os.path.normpath(os.path.join(folder, p))
             for p in table["wav_path"]
         ]
-    names = ("ID", "wav_path", "caption", "start", "end")
     return table[[name for name in names if name in table]]
 
 

@@ -333,11 +333,12 @@ class AudioReader:
         """
         with open_audio(path) as file:
             length, size = self._length(file), self.num_samples
-            if start is not None and end is not None and start < end:
-                part = round((end - start) * self.sample_rate)
+            if start is not None and end is not None:
+                end_of_part = min(end, length / self.sample_rate)
+                part = round((end_of_part - start) * self.sample_rate)
                 # Times may be rounded to milliseconds.
-                if part < size - self.sample_rate // 500:
-                    size = max(part, 1)
+                if 0 < part < size - self.sample_rate // 500:
+                    size = part
             first, last = 0, max(length - size, 0)
             if start is not None:
                 first = min(max(round(start * self.sample_rate), 0), last)

@@ -138,7 +138,7 @@ def prepare_captions(
         Seed of the split.
     curation_csv : str
         Curated pairs, a CSV as `train_csv_path`; they are not split, and
-        those of recordings to validate on are left out.
+        those of recordings to validate on, or held out, are left out.
     data_curation_folder : str
         Where relative paths in it start, instead of its own folder.
 
@@ -900,7 +900,10 @@ def _check_times(pairs, flag, max_bad_audio):
         f"{late['duration'].iloc[0]:g} s"
     )
     if len(late) > max_bad_audio * pairs["start"].notna().sum():
-        raise ValueError(f"{said}. Are the times in seconds?")
+        raise ValueError(
+            f"{said}, more than --max_bad_audio={max_bad_audio} allows. Are "
+            "the times in seconds?"
+        )
     logger.warning("%s: its last window is taken", said)
 
 

@@ -11,8 +11,8 @@ def recalls(audio, text, clip_ids, caption_ids):
     """Recall@k of text-to-audio and audio-to-text retrieval.
 
     Every clip and every caption is there once, with the embedding of its first
-    pair. Right answers to a caption are all clips that have it, and to a clip,
-    all its captions.
+    pair. Right answers to a caption are all clips that have the same text, and
+    to a clip, all its captions.
 
     Arguments
     ---------

@@ -161,8 +161,9 @@ def test_a_part_shorter_than_a_window_is_read_alone(tmp_path, fraction):
     # A window whose ends were rounded is one still.
     assert torch.equal(reader.crop(path, 0, 2, 2.999)[0], samples[-16000:])
     # Beyond the end there is nothing to read.
-    found = reader.crop(path, fraction, 2.8, 3.2)[0][:6400]
-    assert torch.equal(found, samples[-6400:])
+    found = reader.crop(path, fraction, 2.8, 9)[0]
+    assert torch.equal(found, samples[-3200:].repeat(5))
+    assert torch.equal(reader.crop(path, 0, 3.1, 3.2)[0], samples[-16000:])
 
 
 def test_codecs_without_seek_are_read(tmp_path):

@@ -32,6 +32,7 @@ from curation.embeddings import (
     dump_captions,
     manifest_hash,
     open_embeddings,
+    read_captions,
     text_hash,
     write_store,
 )
@@ -1145,6 +1146,17 @@ def test_pairs_of_captions_keep_their_audio(choose_captions, tmp_path):
     )
     assert set(chosen["wav_path"]) == {f"{tmp_path}/pairs/a/0.wav"}
     assert set(chosen["start"]) == {0.5} and set(chosen["end"]) == {2.5}
+
+
+def test_times_of_captions_are_read_before_they_are_embedded(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("caption,wav_path,start\nrain,a.wav,0:30\n")
+    message = f"^--text_pathfile={path}, column start: .*0:30"
+    with pytest.raises(ValueError, match=message):
+        read_captions(path, "text_pathfile")
+    # Without audio they mean nothing.
+    path.write_text("caption,start\nrain,0:30\n")
+    assert list(read_captions(path, "text_pathfile")) == ["caption"]
 
 
 def test_equal_captions_count_once_for_a_class():

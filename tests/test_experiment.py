@@ -302,14 +302,14 @@ def test_options_that_are_not_taken(key):
         experiment.fit_to_device({key: True, "compile": True})
 
 
-def test_how_to_compile_goes_with_compiling():
-    with pytest.raises(SystemExit, match="is of --compile=True"):
-        experiment.fit_to_device({"compile_mode": "max-autotune"})
+def test_how_to_compile_goes_with_compiling(caplog):
+    experiment.fit_to_device({"compile_mode": "default"})
+    assert "not used without --compile=True" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("foo", "give cpu"), ("cuda:99", r"PyTorch finds \d+ GPUs$")],
+    [("foo", "give cpu"), ("cuda:99", r"PyTorch finds \d+ GPUs")],
 )
 def test_a_device_that_is_not_there(device, message):
     with pytest.raises(SystemExit, match=f"^--device={device}: {message}"):
@@ -358,11 +358,15 @@ def test_output_folder(yaml_file, tmp_path):
         overrides = {"resume_interrupt": True, "prev_ckpt_dir": previous}
         assert experiment.name_output_folder(yaml_file, overrides)
         assert overrides["output_folder"] == str(tmp_path / "run")
-    overrides["output_folder"] = "run"
-    assert experiment.name_output_folder(yaml_file, overrides)
-    overrides["output_folder"] = "other"
-    with pytest.raises(SystemExit, match="folder=other and .* are two runs"):
-        experiment.name_output_folder(yaml_file, overrides)
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to("run")
+        parse(yaml_file, f"--prev_ckpt_dir={previous}", "--output_folder=link")
+        with pytest.raises(SystemExit, match="=other and .* are two runs"):
+            parse(
+                yaml_file,
+                f"--prev_ckpt_dir={previous}",
+                "--output_folder=other",
+            )
 
 
 @pytest.mark.parametrize(
@@ -491,16 +495,17 @@ def documented_commands():
     return [command for command in found if "[flags]" not in command]
 
 
+def test_there_are_documented_commands():
+    assert len(documented_commands()) > 20
+
+
 @pytest.mark.parametrize("command", documented_commands())
 def test_documented_commands_have_no_wrong_flag(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(os.path, "exists", lambda _: True)
-    _, run_opts, overrides = experiment.parse_arguments(shlex.split(command))
-    flags = [word for word in shlex.split(command) if word.startswith("--")]
-    assert flags
-    assert {flag[2:].partition("=")[0] for flag in flags} <= {
-        *run_opts, *overrides
-    }  # fmt: skip
+    # It raises for those.
+    _, _, overrides = experiment.parse_arguments(shlex.split(command))
+    assert overrides
 
 
 on_glibc = pytest.mark.skipif(

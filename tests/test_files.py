@@ -57,6 +57,12 @@ def test_an_empty_line_of_one_column_is_an_empty_cell(tmp_path):
     (tmp_path / "a").write_bytes(b"\r\ncaption\r\nrain\r\n\r\nhail\r\n")
     captions = read_table(tmp_path / "a", ["caption"])["caption"]
     assert captions.tolist() == ["rain", "", "hail"]
+    (tmp_path / "a").write_bytes(b"caption\n\nrain\n\n\n")
+    assert read_table(tmp_path / "a")["caption"].tolist() == ["", "rain"]
+    (tmp_path / "a").write_bytes(b'caption\nrain\n""\n')
+    assert read_table(tmp_path / "a")["caption"].tolist() == ["rain", ""]
+    (tmp_path / "a").write_bytes(b"caption\n\n\n")
+    assert read_table(tmp_path / "a").empty
 
 
 @pytest.mark.parametrize("folder", ["~", "file:"])
