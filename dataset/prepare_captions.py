@@ -1100,7 +1100,7 @@ def _log_counts(counts, skipped_csv):
         )
         logger.info(
             "Of curated captions, %d are left out since their recordings are "
-            "validated on, and %d since these are held out",
+            "validated on, and %d since these are of a held-out test split",
             curated["validated"],
             curated.get("held_out", 0),  # not counted by earlier versions
         )
