@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from models.winograd import Conv3x3
 
@@ -11,7 +12,9 @@ def pack_weights(model, dtype):
 
     In bf16 and fp16, layers get the weights that autocast would make for them.
     On a CPU, linear layers are also computed by another library: see
-    `PackedLinear`. Convolutions take too little time for preparing their
+    `PackedLinear`; and in bf16, attention is computed by products and softmax
+    one by one, since PyTorch's single function takes twice as long for the few
+    tokens of a caption. Convolutions take too little time for preparing their
     weights to be worth the memory.
 
     Arguments
@@ -32,6 +35,10 @@ def pack_weights(model, dtype):
             or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         )
     )
+    if packs and dtype == torch.bfloat16:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.set_attn_implementation("eager")
     for name, module in list(model.named_modules()):
         # Not what derives from them: it may use the weights in its own way.
         if type(module) not in (nn.Linear, Conv3x3):

@@ -10,6 +10,7 @@ arXiv 1509.09308, section 4: Y = A' [(G g G') * (B' d B)] A.
 """
 
 import functools
+import math
 import typing
 
 import numba
@@ -422,6 +423,30 @@ class WinogradConvolution(torch.autograd.Function):
         return of_x, of_weight, None
 
 
+def fewest_channels(dtype):
+    """Input channels from which this is faster than PyTorch's convolution.
+
+    Fewer take longer to transform than they save. In bf16 it is faster where
+    the processor has no instructions for that, and for many channels where it
+    has them for vectors, but not where it has them for tiles of matrices.
+
+    Arguments
+    ---------
+    dtype : torch.dtype
+        Of the result.
+
+    Returns
+    -------
+    float
+        Infinity: PyTorch's is always taken.
+    """
+    if dtype == torch.float32:
+        return 64
+    if dtype != torch.bfloat16 or torch.cpu._is_amx_tile_supported():
+        return math.inf
+    return 256 if torch.cpu._is_avx512_bf16_supported() else 64
+
+
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution with padding 1 and no bias, fast on a CPU.
 
@@ -441,13 +466,7 @@ class Conv3x3(nn.Conv2d):
         dtype = x.dtype
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
-        # Without instructions for bf16, a direct convolution in it takes many
-        # times as long. (With them, the two have not been compared.)
-        precisions = [torch.float32]
-        if not torch.cpu._is_avx512_bf16_supported():
-            precisions.append(torch.bfloat16)
-        # Fewer channels would take longer to transform than they save. Without
-        # images there is nothing to sum a gradient from.
-        if dtype in precisions and self.in_channels >= 64 and len(x):
+        # Without images there is nothing to sum a gradient from.
+        if self.in_channels >= fewest_channels(dtype) and len(x):
             return WinogradConvolution.apply(x, self.weight, dtype)
         return super().forward(x)

@@ -11,7 +11,11 @@ from models.packed import PackedLinear, pack_weights
 def embeddings(clap, dtype):
     draw = torch.Generator().manual_seed(0)
     wavs = 0.1 * torch.randn(3, 16000, generator=draw)
-    tokens = {"input_ids": torch.randint(5, (3, 7), generator=draw)}
+    tokens = {
+        "input_ids": torch.randint(5, (3, 7), generator=draw),
+        # The last one is shorter.
+        "attention_mask": (torch.arange(7) < torch.tensor([[7], [7], [4]])) + 0,
+    }
     context = contextlib.nullcontext()
     if dtype != torch.float32:
         context = torch.autocast("cpu", dtype)
@@ -37,6 +41,9 @@ def test_embeddings_stay_the_same(tiny_clap, dtype, packs, monkeypatch):
     assert base.conv_block1.conv2.weight.dtype == dtype
     assert base.fc1.weight.dtype == dtype
     assert isinstance(base.fc1, PackedLinear) == packs
+    bert = tiny_clap.caption_encoder.base.config
+    one_by_one = packs and dtype == torch.bfloat16
+    assert bert._attn_implementation == ("eager" if one_by_one else "sdpa")
 
 
 def test_layers_of_other_kinds_are_left_alone():

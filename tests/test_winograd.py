@@ -23,6 +23,16 @@ def draw(*shape):
     return torch.randn(shape, requires_grad=True)
 
 
+def have_instructions(kind, monkeypatch):
+    """A processor with instructions for bf16: none, of vectors, of tiles."""
+    has = {
+        "_is_avx512_bf16_supported": kind != "none",
+        "_is_amx_tile_supported": kind == "tiles",
+    }
+    for name, value in has.items():
+        monkeypatch.setattr(torch.cpu, name, lambda value=value: value)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("part_values", [1, 10**6])
 def test_values_and_gradients_are_those_of_a_direct_convolution(
@@ -132,7 +142,7 @@ def test_no_images_have_no_gradient():
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_in_bf16_it_computes_in_fp32(autocast, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    have_instructions("none", monkeypatch)
     torch.manual_seed(0)
     layer = Conv3x3(64, 32)
     x = torch.randn(2, 64, 9, 6).bfloat16().requires_grad_()
@@ -157,16 +167,32 @@ def test_in_bf16_it_computes_in_fp32(autocast, monkeypatch):
         assert (a - b).norm() < bound * b.norm()
 
 
-def test_what_is_faster_directly_is_left_to_pytorch(monkeypatch):
-    x, few = torch.randn(1, 64, 8, 8), torch.randn(1, 32, 8, 8)
-    layer, narrow = Conv3x3(64, 8), Conv3x3(32, 64)
-    direct = F.conv2d(few, narrow.weight, padding=1)
-    assert torch.equal(narrow(few), direct)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+@pytest.mark.parametrize(
+    ("instructions", "channels", "expected"),
+    [
+        ("none", 64, True),
+        ("vectors", 64, False),
+        ("vectors", 255, False),
+        ("vectors", 256, True),
+        ("tiles", 256, False),
+    ],
+)
+def test_what_is_faster_in_bf16_depends_on_the_processor(
+    instructions, channels, expected, monkeypatch
+):
+    have_instructions(instructions, monkeypatch)
+    layer, x = Conv3x3(channels, 8), torch.randn(1, channels, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
         direct = F.conv2d(x, layer.weight, padding=1)
-        assert torch.equal(layer(x), direct)
+    assert torch.equal(found, direct) != expected
+    assert ("Winograd" in type(found.grad_fn).__name__) == expected
+    # In fp32 it does not.
     assert "Winograd" in type(layer(x).grad_fn).__name__
-    wide = layer.double()(x.double())
-    direct = F.conv2d(x.double(), layer.weight, padding=1)
-    assert torch.equal(wide, direct)
+
+
+def test_what_is_faster_directly_is_left_to_pytorch():
+    few, narrow = torch.randn(1, 32, 8, 8), Conv3x3(32, 64)
+    assert torch.equal(narrow(few), F.conv2d(few, narrow.weight, padding=1))
+    x, wide = torch.randn(1, 64, 8, 8).double(), Conv3x3(64, 8).double()
+    assert torch.equal(wide(x), F.conv2d(x, wide.weight, padding=1))
