@@ -5,12 +5,12 @@
 Each layer of the full-size network that `models.winograd` may take, for windows
 of 5 s at 44.1 kHz, channels last there and first for the direct ones: forward,
 and forward with the gradients of images and weights. In fp32, and of bf16
-numbers, for which Winograd's method computes in fp32. (The network takes it in
-bf16 only where the processor has no instructions for that.) The direct ones run
-as they are (A) and with the scripts' allocator setting (B). FLOP, for the
-limit, are those of a direct convolution. The difference is the root mean square
-of what is off from the direct convolution of the same numbers in fp32, over the
-root mean square of that.
+numbers, for which Winograd's method computes in fp32. (Which layers take it in
+bf16 depends on the processor: `models.winograd.fewest_channels`.) The direct
+ones run as they are (A) and with the scripts' allocator setting (B). FLOP, for
+the limit, are those of a direct convolution. The difference is the root mean
+square of what is off from the direct convolution of the same numbers in fp32,
+over the root mean square of that.
 """
 
 import argparse

@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from models.winograd import Conv3x3
 
@@ -37,7 +36,8 @@ def pack_weights(model, dtype):
     )
     if packs and dtype == torch.bfloat16:
         for module in model.modules():
-            if isinstance(module, PreTrainedModel):
+            # One of transformers.
+            if hasattr(module, "set_attn_implementation"):
                 module.set_attn_implementation("eager")
     for name, module in list(model.named_modules()):
         # Not what derives from them: it may use the weights in its own way.
