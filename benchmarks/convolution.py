@@ -10,7 +10,7 @@ bf16 depends on the processor: `models.winograd.fewest_channels`.) The direct
 ones run as they are (A) and with the scripts' allocator setting (B). FLOP, for
 the limit, are those of a direct convolution. The difference is the root mean
 square of what is off from the direct convolution of the same numbers in fp32,
-over the root mean square of that.
+over the root mean square of that. Seconds of each layer are printed as well.
 """
 
 import argparse
@@ -117,6 +117,7 @@ def main(argv):
         )
         found = layers[list(JOBS)].sum().to_dict()
         found["difference"] = layers["difference"].max()
+        found["layers"] = layers[list(JOBS)].to_dict("list")
         print(json.dumps(found))
         return None
     rows = []
@@ -141,6 +142,11 @@ def main(argv):
             )
         }
         speed = product_speed(precision)
+        for job in JOBS:
+            print(f"{precision}, {job}, seconds by channels")
+            by_layer = {n: side["layers"][job] for n, side in sides.items()}
+            index = [f"{layer[0]} to {layer[1]}" for layer in LAYERS]
+            print(pd.DataFrame(by_layer, index).to_string(float_format="%.4f"))
         for job, times in zip(JOBS, (1, 3)):
             for name, side in sides.items():
                 row = Row(

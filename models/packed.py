@@ -12,8 +12,8 @@ def pack_weights(model, dtype):
     In bf16 and fp16, layers get the weights that autocast would make for them.
     On a CPU, linear layers are also computed by another library: see
     `PackedLinear`; and in bf16, attention is computed by products and softmax
-    one by one, since PyTorch's single function takes twice as long for the few
-    tokens of a caption. Convolutions take too little time for preparing their
+    one by one, since PyTorch's single function takes longer for the few tokens
+    of a caption. Convolutions take too little time for preparing their
     weights to be worth the memory.
 
     Arguments
