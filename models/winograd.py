@@ -427,8 +427,10 @@ def fewest_channels(dtype):
     """Input channels from which this is faster than PyTorch's convolution.
 
     Fewer take longer to transform than they save. In bf16 it is faster where
-    the processor has no instructions for that, and for many channels where it
-    has them for vectors, but not where it has them for tiles of matrices.
+    the processor has no instructions for that, and of many channels that are
+    last in memory where it has them for vectors. Where it has them for tiles of
+    matrices, their rate leaves no room for products in fp32 (by their
+    specification; not measured).
 
     Arguments
     ---------
