@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 _BLOCK_BYTES = 2**24  # a row must be shorter
+_PIECE_ROWS = 2**16
 _TAIL_BYTES = 2**12  # with all empty lines that a file may end with
 # Python's own limit is 2**17, also for a cell.
 csv.field_size_limit(_BLOCK_BYTES)
@@ -115,6 +116,35 @@ def read_table(path, columns=()):
         without quotes) or a quote left open, or lacks a column; the message
         begins with the path and names the row.
     """
+    return pa.Table.from_batches(_batches(path, columns)).to_pandas()
+
+
+def read_pieces(path, columns=()):
+    """Read a CSV file as `read_table`, without ever holding all of it.
+
+    Arguments
+    ---------
+    path : str
+    columns : sequence of str
+        As there.
+
+    Yields
+    ------
+    pandas.DataFrame
+        The next rows, at most 65,536; of the first piece, none.
+
+    Raises
+    ------
+    ValueError
+        As there, at the latest when the row is reached.
+    """
+    for batch in _batches(path, columns):
+        for begin in range(0, max(len(batch), 1), _PIECE_ROWS):
+            yield batch.slice(begin, _PIECE_ROWS).to_pandas()
+
+
+def _batches(path, columns):
+    """Rows of a CSV file as `pyarrow.RecordBatch`, the first without any."""
     try:
         with open(path, "rb") as file:
             pieces = iter(functools.partial(file.read, _BLOCK_BYTES), b"")
@@ -123,7 +153,11 @@ def read_table(path, columns=()):
             names, above = _checked_header(file, columns, has_quotes)
         # Opened here: pyarrow takes a "~" in a path for the home folder.
         with open(path, "rb") as file:
-            table = pa.csv.read_csv(
+            # With one column, such a line is a row: its cell is empty. But not
+            # at the end.
+            below = _empty_lines_below(file) if len(names) == 1 else 0
+            file.seek(0)
+            reader = pa.csv.open_csv(
                 file,
                 # In several threads its errors do not name the row.
                 pa.csv.ReadOptions(
@@ -131,19 +165,21 @@ def read_table(path, columns=()):
                 ),
                 pa.csv.ParseOptions(
                     newlines_in_values=True,
-                    # With one column, such a line is a row: its cell is empty.
-                    # But not at the end.
                     ignore_empty_lines=len(names) > 1,
                 ),
                 pa.csv.ConvertOptions(
                     column_types=dict.fromkeys(names, pa.string())
                 ),
             )
-            if len(names) == 1:
-                table = table.slice(0, len(table) - _empty_lines_below(file))
+            held = reader.schema.empty_table()
+            yield pa.RecordBatch.from_pylist([], reader.schema)
+            for batch in reader:
+                held = pa.concat_tables([held, pa.Table.from_batches([batch])])
+                whole = max(len(held) - below, 0)
+                yield from held.slice(0, whole).to_batches()
+                held = held.slice(whole)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    return table.to_pandas()
 
 
 def _empty_lines_below(file):

@@ -87,9 +87,7 @@ class PairSink:
     """
 
     def __init__(self, audio, text, file=None, max_pairs=None):
-        manifest = audio.manifest
-        self.paths = pa.array(manifest["wav_path"], _TEXT)
-        self.times = manifest.reindex(columns=["start", "end"]).to_numpy(float)
+        self.manifest = audio.manifest
         self.file, self.max_pairs = file, max_pairs
         if file is not None:
             self.captions = csv_cells(text.manifest["caption"])
@@ -113,7 +111,7 @@ class PairSink:
             if self.max_pairs is not None and total > self.max_pairs:
                 raise SystemExit(
                     f"More than --max_pairs={self.max_pairs} pairs by audio "
-                    f"row {audio_rows[-1]} of {len(self.paths)}: nothing is "
+                    f"row {audio_rows[-1]} of {len(self.manifest)}: nothing is "
                     "written. Raise --sim_threshold (--dry_run=True tells how "
                     "many pairs each keeps), or have it chosen with "
                     "--target_pairs, or use --max_captions_per_audio or "
@@ -127,34 +125,47 @@ class PairSink:
     def _write(self, *pairs):
         """Append lines; only those that the threads make are in memory."""
 
-        def lines(begin):
-            part = (p[begin : begin + _LINES_AT_ONCE] for p in pairs)
-            return self._lines(self.pairs + begin, *part)
+        def work(begin):
+            audio_rows, *rest = (
+                p[begin : begin + _LINES_AT_ONCE] for p in pairs
+            )
+            # An audio row's cells are made once, not per pair.
+            is_new = np.diff(audio_rows, prepend=-1) != 0
+            audio = self.manifest.take(audio_rows[is_new])
+            return self.pairs + begin, audio, is_new.cumsum() - 1, *rest
 
         begins = range(0, len(pairs[0]), _LINES_AT_ONCE)
         for i in range(0, len(begins), _LINE_THREADS):
-            some = begins[i : i + _LINE_THREADS]
-            self.file.writelines(self.threads.map(lines, some))
+            some = map(work, begins[i : i + _LINE_THREADS])
+            self.file.writelines(self.threads.map(self._lines, *zip(*some)))
 
-    def _lines(self, first, audio_rows, text_rows, similarities):
-        """Lines as a buffer; `first` is the ID of the first one."""
-        # An audio row's cells are made once, not per pair.
-        is_new = np.diff(audio_rows, prepend=-1) != 0
-        rows, which = audio_rows[is_new], is_new.cumsum() - 1
+    def _lines(self, first, audio, which, text_rows, similarities):
+        """Lines as a buffer.
+
+        `first` is the ID of the first one; a line is of the row `which` of the
+        table `audio`.
+        """
+        times = [
+            audio[name].to_numpy()
+            if name in audio.column_names
+            else np.full(len(audio), np.nan)
+            for name in ("start", "end")
+        ]
         # Few windows begin at a time of their own.
-        times, places = np.unique(self.times[rows], return_inverse=True)
+        times, places = np.unique(times, return_inverse=True)
         times = ["" if s != s else repr(s) for s in times.tolist()]
         times = pa.array(times, _TEXT)
         starts, ends = (
-            times.take(pa.array(column)) for column in places.reshape(-1, 2).T
+            times.take(pa.array(column)) for column in places.reshape(2, -1)
         )
         times = _join(starts, ends, ",")
         times = _join(times, "\n", "")
+        paths = audio["wav_path"].combine_chunks()
         # Six digits, as decimal numbers have them.
         values = pc.round(pa.array(similarities, pa.float64()), 6)
         lines = _join(
             pa.array(np.arange(first, first + len(which))).cast(_TEXT),
-            csv_cells(self.paths.take(pa.array(rows))).take(pa.array(which)),
+            csv_cells(paths).take(pa.array(which)),
             self.captions.take(pa.array(text_rows)),
             values.cast(pa.decimal128(8, 6)).cast(pa.string()).cast(_TEXT),
             times.take(pa.array(which)),
@@ -364,6 +375,21 @@ def check_settings(hparams, device):
     experiment.check_choice(hparams, "search_precision", choices)
 
 
+def has_windows(manifest):
+    """Whether neighbouring rows are of one file.
+
+    Arguments
+    ---------
+    manifest : curation.embeddings.Manifest
+
+    Returns
+    -------
+    bool
+    """
+    paths = (piece["wav_path"].array for piece in manifest)
+    return any((p[1:] == p[:-1]).any() for p in paths)
+
+
 def share_of(count, block_size):
     """The rows that this process searches: consecutive whole blocks.
 
@@ -557,8 +583,7 @@ def retrieve(audio, text, hparams, run_opts):
                     os.remove(f"{base}_report.{suffix}")
     if not is_main:
         return
-    paths = audio.manifest["wav_path"]
-    unit = "windows" if paths.duplicated().any() else "clips"
+    unit = "windows" if has_windows(audio.manifest) else "clips"
     if with_report:
         captions = text.manifest["caption"].tolist()
         report = make_report(
@@ -622,6 +647,8 @@ def main(argv):
         folder, hparams["text_stem"], "caption", hparams["txt_ds_path"]
     )
     check_same_weights(audio, text)
+    # What reading the manifests took.
+    pa.default_memory_pool().release_unused()
     retrieve(audio, text, hparams, run_opts)
     experiment.finish()
 

@@ -84,18 +84,23 @@ def make_stores(folder, n_audio, n_text, exponent):
         "audio_audioset": pd.DataFrame({"wav_path": names, "start": 0.0}),
         "text_insper": pd.DataFrame({"caption": captions}),
     }
-    rows = {}
     for stem, manifest in manifests.items():
-        count = len(manifest)
-        x = centres[rng.integers(CLUSTERS, size=count)]
-        x += rng.standard_normal((count, SIZE), dtype=np.float32) * 0.6
-        x = (x * scales) @ axes
-        x /= np.linalg.norm(x, axis=1, keepdims=True)
-        rows[stem] = x.astype(np.float16)
+        of_centres = rng.integers(CLUSTERS, size=len(manifest))
+
+        def parts(of_centres=of_centres):
+            for begin in range(0, len(of_centres), 65536):
+                x = centres[of_centres[begin : begin + 65536]]
+                x += rng.standard_normal(x.shape, dtype=np.float32) * 0.6
+                x = (x * scales) @ axes
+                yield x / np.linalg.norm(x, axis=1, keepdims=True)
+
         settings = {"weights": "none", "size": SIZE}
-        write_store(f"{folder}/{stem}", [rows[stem]], manifest, settings, {})
-    some = rows["audio_audioset"][:500].astype(np.float32)
-    sample = some @ rows["text_insper"].astype(np.float32).T
+        write_store(f"{folder}/{stem}", parts(), manifest, settings, {})
+    audio, text = (
+        np.load(f"{folder}/{stem}_embeddings.npy", mmap_mode="r")
+        for stem in manifests
+    )
+    sample = audio[:500].astype(np.float32) @ text.astype(np.float32).T
     return float(np.quantile(sample, 1 - 1 / 8000))
 
 

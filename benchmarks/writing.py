@@ -28,7 +28,7 @@ from benchmarks.measure import (
     peak_memory,
     show,
 )
-from curation.embeddings import Embeddings
+from curation.embeddings import Embeddings, Manifest
 from retrieve_from_emb_thresh import HEADER, PairSink
 
 PAIRS_A_CLIP = 10
@@ -95,10 +95,9 @@ def ours(audio, text, rows, texts, values, path):
     """The script's way."""
     # The sink reads nothing of a store but its manifest and its length.
     stores = (
-        Embeddings(
-            vectors=np.empty((len(m), 0)), manifest=m, info=None, path=""
-        )
-        for m in (audio, text)
+        Embeddings(np.empty((len(table), 0)), manifest, info=None, path="")
+        for table in (audio, text)
+        for manifest in [Manifest([table], os.path.dirname(path))]
     )
     with open(path, "wb") as file:
         file.write(HEADER)

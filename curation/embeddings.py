@@ -13,10 +13,12 @@ import collections
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
 import shutil
+import tempfile
 
 import numpy as np
 import pandas as pd
@@ -26,7 +28,14 @@ import torch
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from tqdm import tqdm
 
-from files import read_lines, read_table, write_cells, write_json, written_whole
+from files import (
+    read_lines,
+    read_pieces,
+    read_table,
+    write_cells,
+    write_json,
+    written_whole,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +43,7 @@ logger = logging.getLogger(__name__)
 # could not be read or since its embedding is not finite.
 WAITING, DONE, SKIPPED, NOT_FINITE = 0, 1, 2, 3
 _COPY_ROWS = 65536
+_ROWS_AT_ONCE = 2**14  # of a manifest
 # Captions that a CPU encodes at once; a GPU has many small products to start
 # for a batch, whatever its size.
 _CPU_CAPTIONS = 64
@@ -48,7 +58,7 @@ class Embeddings:
     ---------
     vectors : numpy.ndarray
         (rows, d) float16 or float32, as a rule memory-mapped.
-    manifest : pandas.DataFrame
+    manifest : Manifest
         (rows,), what each row is the embedding of.
     info : dict or None
         The record; None for a store of another program, whose rows are
@@ -94,6 +104,77 @@ class Embeddings:
             foreign = np.abs(norms - 1) > 1e-3
             block = np.where(foreign, block / np.maximum(norms, 1e-12), block)
         return block
+
+
+class Manifest:
+    """A table that is on disk but for the rows that are asked for.
+
+    Of 10^8 clips it would not fit into memory.
+
+    Arguments
+    ---------
+    pieces : iterable of pandas.DataFrame
+        Consecutive rows, of the same columns; one at least.
+    folder : str
+        Where to keep them, in a file without a name: it goes when the process
+        does.
+
+    Raises
+    ------
+    OSError
+        The disk is full, or the folder may not be written to.
+    """
+
+    def __init__(self, pieces, folder):
+        pieces = iter(pieces)
+        first = pa.Table.from_pandas(next(pieces), preserve_index=False)
+        self.schema, self.ends = first.schema, []
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        sink = pa.PythonFile(self.file, mode="w")
+        with pa.ipc.new_file(sink, self.schema) as out:
+            tables = (pa.Table.from_pandas(p, self.schema) for p in pieces)
+            for table in itertools.chain([first], tables):
+                for batch in table.to_batches(_ROWS_AT_ONCE):
+                    out.write_batch(batch)
+                    self.ends.append(len(self) + len(batch))
+        self.batches = pa.ipc.open_file(pa.PythonFile(self.file, mode="r"))
+
+    def __len__(self):
+        """Number of rows."""
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, name):
+        """A whole column, as pandas.Series."""
+        parts = [batch[name] for batch in self._in_turn()]
+        whole = pa.chunked_array(parts, self.schema.field(name).type)
+        return whole.combine_chunks().to_pandas().rename(name)
+
+    def __iter__(self):
+        """Go through the rows, many at a time, as pandas.DataFrame."""
+        return (batch.to_pandas() for batch in self._in_turn())
+
+    def _in_turn(self):
+        return map(self.batches.get_batch, range(len(self.ends)))
+
+    def take(self, rows):
+        """Some rows.
+
+        Arguments
+        ---------
+        rows : array of int
+            Ascending.
+
+        Returns
+        -------
+        pyarrow.Table
+        """
+        found = []
+        for i in np.unique(np.searchsorted(self.ends, rows, "right")):
+            batch = self.batches.get_batch(i)
+            begin = self.ends[i] - len(batch)
+            inside = rows[slice(*np.searchsorted(rows, (begin, self.ends[i])))]
+            found.append(batch.take(pa.array(inside - begin)))
+        return pa.Table.from_batches(found, self.schema)
 
 
 def open_embeddings(emb_dir, stem, column, manifest_path=None):
@@ -149,14 +230,14 @@ def open_embeddings(emb_dir, stem, column, manifest_path=None):
         manifest_path = next(filter(os.path.exists, paths), None)
     if manifest_path is None:
         raise FileNotFoundError(f"{path} has no manifest {' or '.join(names)}")
-    manifest = _read_manifest(manifest_path, column)
+    manifest, digest = _kept_manifest(manifest_path, column, emb_dir)
     own = os.path.join(emb_dir, f"{stem}.csv")
-    lacks_times = column == "wav_path" and "start" not in manifest
+    lacks_times = column == "wav_path" and "start" not in manifest.schema.names
     if lacks_times and os.path.exists(own):
         # A list of the same files, perhaps.
-        whole = _read_manifest(own, column)
-        if whole["wav_path"].equals(manifest["wav_path"]):
-            manifest = whole
+        whole, digest_of_whole = _kept_manifest(own, column, emb_dir)
+        if _paths_hash(whole) == _paths_hash(manifest):
+            manifest, digest = whole, digest_of_whole
     if len(manifest) != len(vectors):
         raise ValueError(
             f"{manifest_path} has {len(manifest)} rows and {path} "
@@ -165,28 +246,57 @@ def open_embeddings(emb_dir, stem, column, manifest_path=None):
     info, record = None, os.path.join(emb_dir, f"{stem}.json")
     if os.path.exists(record):
         info = read_record(record, ("settings", "manifest"))
-        if info["manifest"] != manifest_hash(manifest, column):
+        if info["manifest"] != digest:
             problem = "was changed after its embeddings were made: restore it"
             if lacks_times and not os.path.exists(own):
                 problem = f"has no times, and {own} is missing: restore that"
             raise ValueError(f"{manifest_path} {problem}, or embed again")
     else:
         logger.warning("%s has no record: of unknown weights", path)
-    if (
-        column == "wav_path"
-        and not manifest["wav_path"].map(os.path.isabs).all()
-    ):
-        # What is made of these may lie in another folder.
-        folder = os.path.dirname(os.path.abspath(manifest_path))
-        manifest["wav_path"] = [
-            os.path.normpath(os.path.join(folder, p))
-            for p in manifest["wav_path"]
-        ]
     return Embeddings(vectors, manifest, info, path)
+
+
+def _kept_manifest(path, column, folder):
+    """A manifest and its hash; the paths are absolute from here on."""
+    digest = hashlib.sha256()
+    # What is made of these may lie in another folder.
+    base = os.path.dirname(os.path.abspath(path))
+
+    def pieces():
+        for piece in _read_manifest(path, column):
+            _hash_rows(digest, piece, column)
+            if column == "wav_path":
+                is_relative = ~piece[column].str.startswith("/")
+                if is_relative.any():
+                    piece.loc[is_relative, column] = [
+                        os.path.normpath(os.path.join(base, p))
+                        for p in piece.loc[is_relative, column]
+                    ]
+            yield piece
+
+    try:
+        manifest = Manifest(pieces(), folder)
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot hold a copy of {path} for the time: {error}"
+        ) from error
+    return manifest, digest.hexdigest()
+
+
+def _paths_hash(manifest):
+    digest = hashlib.sha256()
+    for piece in manifest:
+        _hash_texts(digest, piece["wav_path"])
+    return digest.hexdigest()
 
 
 def _read_manifest(path, column):
     """A manifest with every cell as text, `start` and `end` as seconds.
+
+    Yields
+    ------
+    pandas.DataFrame
+        Piece by piece.
 
     Raises
     ------
@@ -195,27 +305,39 @@ def _read_manifest(path, column):
         that is no number.
     """
     if not path.endswith(".txt"):
-        manifest = read_table(path, [column])
+        pieces = read_pieces(path, [column])
     elif column == "wav_path":
-        manifest = pd.DataFrame({"wav_path": read_lines(path)}, dtype="str")
+        pieces = [pd.DataFrame({"wav_path": read_lines(path)}, dtype="str")]
     else:
         raise ValueError(f"{path} lists files: give a CSV with a {column}")
-    if column == "wav_path":
-        empty = np.flatnonzero(manifest["wav_path"].str.strip() == "")
-        if len(empty):
-            # Row 1 is the header, as a spreadsheet counts.
-            raise ValueError(f"{path}: row {empty[0] + 2} has no wav_path")
-    _read_times(manifest, path)
-    return manifest
+    row = 2  # row 1 is the header, as a spreadsheet counts
+    for piece in pieces:
+        if column == "wav_path":
+            paths = piece["wav_path"]
+            empty = np.flatnonzero((paths == "") | paths.str.isspace())
+            if len(empty):
+                raise ValueError(
+                    f"{path}: row {row + empty[0]} has no wav_path"
+                )
+        _read_times(piece, path, row)
+        yield piece
+        row += len(piece)
 
 
-def _read_times(table, source):
-    """Make numbers of the texts of `start` and `end`, where these are there."""
+def _read_times(table, source, first_row=2):
+    """Make seconds of the texts of `start` and `end`, where these are there."""
     for name in table.columns.intersection(["start", "end"]):
-        try:
-            table[name] = pd.to_numeric(table[name])
-        except ValueError as error:
-            raise ValueError(f"{source}, column {name}: {error}") from error
+        # Few windows begin or end at a time of their own.
+        which, texts = pd.factorize(table[name])
+        seconds = pd.to_numeric(texts, errors="coerce").to_numpy(float)
+        wrong = np.flatnonzero(np.isnan(seconds) & (texts.str.strip() != ""))
+        if len(wrong):
+            row = first_row + np.argmax(which == wrong[0])
+            raise ValueError(
+                f"{source}: row {row} has the {name} '{texts[wrong[0]]}', "
+                "which is no number of seconds"
+            )
+        table[name] = seconds[which]
 
 
 def read_record(path, keys):
@@ -297,28 +419,52 @@ def text_hash(texts):
         SHA-256, hexadecimal, of the texts in UTF-8, each behind its number of
         bytes and a colon.
     """
-    texts = pa.array(texts, pa.large_string())
-    sizes, colon = pc.binary_length(texts), pa.scalar(":", texts.type)
-    marked = pc.binary_join_element_wise(sizes.cast(texts.type), texts, colon)
     digest = hashlib.sha256()
-    if len(marked):
-        digest.update(marked.buffers()[2])  # all of them, without a gap
+    _hash_texts(digest, texts)
     return digest.hexdigest()
 
 
-def manifest_hash(manifest, column):
-    """Hash of what the rows are embeddings of: captions, or paths and times."""
-    texts = pa.array(manifest[column].tolist(), pa.large_string())
+def _hash_texts(digest, texts):
+    texts = pa.array(texts, pa.large_string())
+    sizes, colon = pc.binary_length(texts), pa.scalar(":", texts.type)
+    marked = pc.binary_join_element_wise(sizes.cast(texts.type), texts, colon)
+    if len(marked):
+        digest.update(marked.buffers()[2])  # all of them, without a gap
+
+
+def manifest_hash(pieces, column):
+    """Hash of what the rows are embeddings of: captions, or paths and times.
+
+    Arguments
+    ---------
+    pieces : iterable of pandas.DataFrame
+        The manifest; pieces of any size have the same hash.
+    column : str
+        "caption" or "wav_path".
+
+    Returns
+    -------
+    str
+        As `text_hash`.
+    """
+    digest = hashlib.sha256()
+    for piece in pieces:
+        _hash_rows(digest, piece, column)
+    return digest.hexdigest()
+
+
+def _hash_rows(digest, table, column):
+    texts = pa.array(table[column].tolist(), pa.large_string())
     if column == "wav_path":
         newline = pa.scalar("\n", texts.type)
         for name in ("start", "end"):
-            seconds = manifest.reindex(columns=[name])[name]
+            seconds = table.reindex(columns=[name])[name]
             # Few windows begin or end at a time of their own.
             times, which = np.unique(seconds, return_inverse=True)
             times = pa.array([repr(t) for t in times.tolist()], texts.type)
             times = times.take(pa.array(which))
             texts = pc.binary_join_element_wise(texts, times, newline)
-    return text_hash(texts)
+    _hash_texts(digest, texts)
 
 
 class EmbeddingWriter:

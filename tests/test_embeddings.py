@@ -26,6 +26,7 @@ import retrieve_ds_t2t
 from curation.embeddings import (
     SKIPPED,
     EmbeddingWriter,
+    Manifest,
     batched,
     captions_writer,
     check_same_weights,
@@ -102,6 +103,10 @@ def embed(world, text_model, tmp_path):
     return run
 
 
+def frame_of(store):
+    return pd.concat(store.manifest, ignore_index=True)
+
+
 def test_rows_are_the_embeddings_of_their_manifest(
     embed, world, clap, text_model
 ):
@@ -114,7 +119,7 @@ def test_rows_are_the_embeddings_of_their_manifest(
     assert files == paths
     reader = AudioReader(16000, 1)
     with torch.no_grad():
-        for row, (_, line) in enumerate(audio.manifest.iterrows()):
+        for row, line in frame_of(audio).iterrows():
             window, _ = reader.crop(line["wav_path"], start=line["start"])
             centre, start = reader.crop(line["wav_path"])
             assert torch.equal(window, centre) and start == line["start"]
@@ -144,7 +149,7 @@ def test_rows_are_the_embeddings_of_their_manifest(
 
 def test_all_windows(embed):
     save = embed(windows_per_clip="all", text_pathfile=None)
-    manifest = open_embeddings(save, "audio_audioset", "wav_path").manifest
+    manifest = frame_of(open_embeddings(save, "audio_audioset", "wav_path"))
     # Clip 30 is 2.5 s long.
     clip = manifest[manifest["wav_path"].str.endswith("/30, $x.wav")]
     assert clip["start"].tolist() == [0, 1, 1.5]
@@ -172,7 +177,7 @@ def test_the_mean_is_that_of_all_windows(embed, monkeypatch):
         np.testing.assert_allclose(mean[row : row + 1][0], expected, atol=2e-3)
     assert paths.duplicated().any()
     # Training may crop anywhere.
-    assert mean.manifest[["start", "end"]].isna().all(axis=None)
+    assert frame_of(mean)[["start", "end"]].isna().all(axis=None)
 
 
 STORES = ("audio_audioset_embeddings.npy", "audio_audioset.csv",
@@ -890,6 +895,43 @@ def test_wrong_input(embed, world, changes, message):
         embed(**changes)
 
 
+def test_a_manifest_waits_on_disk(tmp_path, monkeypatch):
+    table = pd.DataFrame(
+        {
+            "wav_path": [f"caf\xe9, {i}.wav" for i in range(20)],
+            "start": [np.nan, 1.5] * 10,
+        }
+    )
+    pieces = [table[:0], table[:9], table[9:]]
+    monkeypatch.setattr("curation.embeddings._ROWS_AT_ONCE", 4)
+    manifest = Manifest(iter(pieces), tmp_path)
+    assert len(manifest) == 20 and list(tmp_path.iterdir()) == []
+    sizes = [len(piece) for piece in manifest]
+    assert sizes == [4, 4, 1, 4, 4, 3]
+    found = pd.concat(manifest, ignore_index=True)
+    pd.testing.assert_frame_equal(found, table)
+    for name in table:
+        pd.testing.assert_series_equal(manifest[name], table[name])
+    for rows in ([], [19], [0, 3, 4, 8, 9, 18], range(20), [7, 7, 8]):
+        found = manifest.take(np.array(rows, dtype=int)).to_pandas()
+        expected = table.iloc[list(rows)].reset_index(drop=True)
+        pd.testing.assert_frame_equal(found, expected)
+    empty = Manifest([table[:0]], tmp_path)
+    assert len(empty) == 0 and empty["wav_path"].tolist() == []
+
+
+def test_a_disk_without_room_for_a_manifest(embed, monkeypatch):
+    save = embed(audio_pathfile=None)
+
+    def full(**_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    message = f"{save} cannot hold a copy of {save}/text_insper.csv .*No space"
+    with pytest.raises(OSError, match=message):
+        open_embeddings(save, "text_insper", "caption")
+
+
 def test_hashes_of_texts_and_manifests():
     """A hash that changed would turn down all the stores that exist."""
     texts = ["", "a,b", "caf\xe9\n", "\N{DOG}"]
@@ -901,7 +943,7 @@ def test_hashes_of_texts_and_manifests():
         pd.DataFrame({"caption": piece}, dtype="str")
         for piece in (texts[:1], texts[1:])
     )
-    found = manifest_hash(table, "caption")
+    found = manifest_hash([table], "caption")
     assert found == hashlib.sha256(marked).hexdigest()
     audio = pd.DataFrame({"wav_path": ["b", "a", "b"]})
     for times, lines in (
@@ -912,7 +954,7 @@ def test_hashes_of_texts_and_manifests():
         ({"start": [7, 0, 7]}, b"7:b\n7\nnan7:a\n0\nnan7:b\n7\nnan"),
         ({}, b"9:b\nnan\nnan9:a\nnan\nnan9:b\nnan\nnan"),
     ):
-        found = manifest_hash(audio.assign(**times), "wav_path")
+        found = manifest_hash([audio.assign(**times)], "wav_path")
         assert found == hashlib.sha256(lines).hexdigest()
 
 
@@ -955,7 +997,7 @@ def test_stores_that_do_not_belong_together(embed):
         (
             "text_insper.csv",
             b"caption,start\na,soon\n",
-            "start: .*soon",
+            "row 2 has the start 'soon'",
         ),
     ],
 )
@@ -989,10 +1031,10 @@ def test_a_list_of_files_as_manifest(embed, tmp_path, ending):
     listed = f"{save}/audio_audioset_files.txt"
     if ending == "csv":
         listed = f"{tmp_path}/list.csv"
-        table = own.manifest[["wav_path"]].assign(caption="rain")
+        table = frame_of(own)[["wav_path"]].assign(caption="rain")
         table.to_csv(listed, index=False)
     store = open_embeddings(save, "audio_audioset", "wav_path", listed)
-    pd.testing.assert_frame_equal(store.manifest, own.manifest)
+    pd.testing.assert_frame_equal(frame_of(store), frame_of(own))
     assert store.manifest["start"].max() > 0
 
 
@@ -1028,10 +1070,23 @@ def test_rows_of_other_programs_that_are_not_finite_are_named(tmp_path, value):
         store[2:5]
 
 
-def test_a_manifest_with_an_empty_path_is_refused(tmp_path):
-    np.save(tmp_path / "x_embeddings.npy", np.eye(2, dtype=np.float32))
-    (tmp_path / "x.csv").write_text("wav_path,start\na.wav,0\n ,1\n")
-    with pytest.raises(ValueError, match=r"x\.csv: row 3 has no wav_path"):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (" ,1", "row 6 has no wav_path"),
+        (",", "row 6 has no wav_path"),
+        ("a.wav,soon", "row 6 has the start 'soon', which is no number"),
+    ],
+)
+def test_rows_of_a_manifest_that_are_wrong(
+    tmp_path, monkeypatch, line, message
+):
+    monkeypatch.setattr("files._PIECE_ROWS", 3)
+    np.save(tmp_path / "x_embeddings.npy", np.eye(6, dtype=np.float32))
+    lines = ["wav_path,start", "a.wav,0", "a.wav,", "b.wav,1", "c.wav,2"]
+    lines += [line, "d.wav,3"]
+    (tmp_path / "x.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=rf"x\.csv: {message}"):
         open_embeddings(tmp_path, "x", "wav_path")
 
 
@@ -1151,7 +1206,7 @@ def test_pairs_of_captions_keep_their_audio(choose_captions, tmp_path):
 def test_times_of_captions_are_read_before_they_are_embedded(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("caption,wav_path,start\nrain,a.wav,0:30\n")
-    message = f"^--text_pathfile={path}, column start: .*0:30"
+    message = f"^--text_pathfile={path}: row 2 has the start '0:30'"
     with pytest.raises(ValueError, match=message):
         read_captions(path, "text_pathfile")
     # Without audio they mean nothing.

@@ -5,7 +5,13 @@ import pandas as pd
 import pytest
 
 from dataset.manifest import read_pairs
-from files import read_lines, read_table, write_csv, written_whole
+from files import (
+    read_lines,
+    read_pieces,
+    read_table,
+    write_csv,
+    written_whole,
+)
 
 ODD = [
     "a,b",
@@ -63,6 +69,26 @@ def test_an_empty_line_of_one_column_is_an_empty_cell(tmp_path):
     assert read_table(tmp_path / "a")["caption"].tolist() == ["rain", ""]
     (tmp_path / "a").write_bytes(b"caption\n\n\n")
     assert read_table(tmp_path / "a").empty
+
+
+@pytest.mark.parametrize("columns", [["caption"], ["caption", "ID"]])
+def test_a_table_in_pieces_is_the_table(tmp_path, monkeypatch, columns):
+    frame = pd.DataFrame({"caption": ["rain", "", "a, b"] * 7, "ID": "1"})
+    path = tmp_path / "a.csv"
+    write_csv(frame[columns], path)
+    # The last block, of 16 bytes, is nothing but ends of lines.
+    path.write_bytes(path.read_bytes() + b"\n" * 20)
+    monkeypatch.setattr("files._BLOCK_BYTES", 16)
+    monkeypatch.setattr("files._PIECE_ROWS", 2)
+    first, *others = read_pieces(path, columns)
+    assert first.empty and first.columns.tolist() == columns
+    assert {len(piece) for piece in others} <= {1, 2}
+    whole = pd.concat(others, ignore_index=True)
+    assert whole["caption"].tolist() == ["rain", "", "a, b"] * 7
+    pd.testing.assert_frame_equal(whole, read_table(path))
+    path.write_text("caption,ID\n")
+    (piece,) = read_pieces(path)
+    assert piece.empty and piece.columns.tolist() == ["caption", "ID"]
 
 
 @pytest.mark.parametrize("folder", ["~", "file:"])

@@ -80,6 +80,8 @@ def run(folder, monkeypatch):
     # Several rounds of parts of lines, as in a large search.
     monkeypatch.setattr(script, "_LINES_AT_ONCE", 7)
     monkeypatch.setattr(script, "_LINE_THREADS", 3)
+    monkeypatch.setattr("curation.embeddings._ROWS_AT_ONCE", 6)
+    monkeypatch.setattr("files._PIECE_ROWS", 13)
 
     def run(yaml=DU, picture=False, **flags):
         draw = report_figure if picture else lambda *_: Figure(figsize=(1, 1))
