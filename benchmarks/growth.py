@@ -29,15 +29,16 @@ def embedding(n_captions, n_clips):
     ]  # fmt: skip
 
 
-def search(n_audio, n_text):
-    """The row of a search."""
+def search(n_audio, n_text, spectrum="even", side="script"):
+    """The row of a search, by a side of benchmarks.retrieve."""
+    exponent = retrieve.SPECTRA[spectrum]
     with tempfile.TemporaryDirectory() as folder:
-        threshold = retrieve.make_stores(folder, n_audio, n_text, 0.0)
-        flags = ["--side", "ours", "--folder", folder]
+        threshold = retrieve.make_stores(folder, n_audio, n_text, exponent)
+        flags = ["--side", retrieve.SIDES[side][0], "--folder", folder]
         flags += ["--threshold", repr(threshold)]
         run = in_process("benchmarks.retrieve", flags)
     return Row(
-        f"search {n_audio} x {n_text}", "script", run["seconds"], "s",
+        f"search {n_audio} x {n_text}, {spectrum}", side, run["seconds"], "s",
         memory=run["memory"],
     )  # fmt: skip
 
