@@ -233,6 +233,10 @@ def _check_columns(names, columns):
 def read_lines(path):
     """Lines of a UTF-8 text file that are not blank.
 
+    Yields
+    ------
+    str
+
     Raises
     ------
     ValueError
@@ -240,6 +244,8 @@ def read_lines(path):
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return [line.rstrip("\n") for line in file if line.strip()]
+            for line in file:
+                if line.strip():
+                    yield line.rstrip("\n")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error

@@ -20,6 +20,7 @@ import sys
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import speechbrain as sb
 import torch
 from speechbrain.utils.autocast import AMPConfig
@@ -52,6 +53,7 @@ from dataset.pipelines import (
     WindowDataset,
     batches_of_windows,
     collate_windows,
+    shared_texts,
 )
 from files import read_lines, read_table, write_csv, written_whole
 from models.packed import pack_weights
@@ -102,7 +104,7 @@ class EmbeddingBrain(sb.Brain):
 
         Arguments
         ---------
-        paths : list of str
+        paths : pyarrow.LargeStringArray
             Audio files, each once.
         reserved : int
             Bytes of the disk that the captions will need.
@@ -146,7 +148,7 @@ class EmbeddingBrain(sb.Brain):
             batch_size = min(batch_size, CPU_BATCH)
         if hparams.windows_per_clip == "mean":
             batches = batches_of_windows(
-                paths,
+                paths.to_pylist(),
                 hparams.reader,
                 batch_size,
                 self.noprogressbar or not if_main_process(),
@@ -272,7 +274,7 @@ def windows_of(paths, windows_per_clip, reader, hides_bar):
 
     Arguments
     ---------
-    paths : list of str
+    paths : pyarrow.LargeStringArray
         Audio files.
     windows_per_clip : str
         "centre" for one window of each, "all" for consecutive ones, a row
@@ -297,8 +299,9 @@ def windows_of(paths, windows_per_clip, reader, hides_bar):
         except AudioError:
             return [math.nan]
 
-    starts = of_headers(starts_in, paths, hides_bar)
-    items = [path for path, some in zip(paths, starts) for _ in some]
+    starts = of_headers(starts_in, paths.to_pylist(), hides_bar)
+    which = np.repeat(np.arange(len(paths)), [len(some) for some in starts])
+    items = paths.take(pa.array(which))
     return CropDataset(items, reader, np.concatenate(starts))
 
 
@@ -327,7 +330,6 @@ def finish_audio(writer, windows, duration):
     ValueError
         All items were skipped; nothing but the list of these is left.
     """
-    paths = windows.wav_paths.to_pylist()
     index = np.flatnonzero(writer.fate == DONE)
     reasons, readable = {}, []
     for i in np.flatnonzero(np.isin(writer.fate, (SKIPPED, NOT_FINITE))):
@@ -338,10 +340,10 @@ def finish_audio(writer, windows, duration):
         if reason is None:
             readable.append(i)
         else:
-            reasons[paths[i]] = reason
+            reasons[windows.wav_paths[i].as_py()] = reason
     if readable:
         writer.retry(readable)
-        return len({paths[i] for i in readable})
+        return len(windows.wav_paths.take(pa.array(readable)).unique())
     skipped = pd.DataFrame(reasons.items(), columns=["path", "reason"])
     write_csv(skipped, f"{writer.base}_skipped.csv")
     if not len(index):
@@ -350,9 +352,8 @@ def finish_audio(writer, windows, duration):
             f"None of the {len(reasons)} files of --audio_pathfile can be "
             f"read: see {writer.base}_skipped.csv"
         )
-    kept = [paths[i] for i in index]
-    files = f"{writer.base}_files.txt"
-    with written_whole(files) as file:
+    kept = windows.wav_paths.take(pa.array(index)).to_pandas()
+    with written_whole(f"{writer.base}_files.txt") as file:
         file.writelines(f"{path}\n".encode() for path in kept)
     starts = writer.at[index]
     times = {"start": starts, "end": starts + duration}
@@ -383,24 +384,31 @@ def warn_of_skipped(base):
 
 
 def read_audio_list(path):
-    """Absolute paths of a list, each once; duplicates are reported."""
+    """Absolute paths of a list, each once; duplicates are reported.
+
+    Returns
+    -------
+    pyarrow.LargeStringArray
+    """
     folder = os.path.dirname(os.path.abspath(path))
     try:
-        lines = read_lines(path)
+        listed = shared_texts(
+            os.path.normpath(os.path.join(folder, line.strip()))
+            for line in read_lines(path)
+        )
     except ValueError as error:
         raise ValueError(f"--audio_pathfile={error}") from error
-    listed = [
-        os.path.normpath(os.path.join(folder, line.strip())) for line in lines
-    ]
-    if not listed:
+    if not len(listed):
         raise ValueError(f"--audio_pathfile={path} lists no files")
-    distinct = list(dict.fromkeys(listed))
+    distinct = listed.unique()
     if len(distinct) < len(listed):
         logger.warning(
             "%d paths in %s are there more than once and are embedded once",
             len(listed) - len(distinct),
             path,
         )
+    # What that took.
+    pa.default_memory_pool().release_unused()
     return distinct
 
 

@@ -307,7 +307,7 @@ def _read_manifest(path, column):
     if not path.endswith(".txt"):
         pieces = read_pieces(path, [column])
     elif column == "wav_path":
-        pieces = [pd.DataFrame({"wav_path": read_lines(path)}, dtype="str")]
+        pieces = _listed(path)
     else:
         raise ValueError(f"{path} lists files: give a CSV with a {column}")
     row = 2  # row 1 is the header, as a spreadsheet counts
@@ -322,6 +322,16 @@ def _read_manifest(path, column):
         _read_times(piece, path, row)
         yield piece
         row += len(piece)
+
+
+def _listed(path):
+    """Files of a list, many at a time; of the first piece, none."""
+    lines, some = read_lines(path), []
+    while True:
+        yield pd.DataFrame({"wav_path": some}, dtype="str")
+        some = list(itertools.islice(lines, _ROWS_AT_ONCE))
+        if not some:
+            return
 
 
 def _read_times(table, source, first_row=2):
@@ -426,9 +436,11 @@ def text_hash(texts):
 
 def _hash_texts(digest, texts):
     texts = pa.array(texts, pa.large_string())
-    sizes, colon = pc.binary_length(texts), pa.scalar(":", texts.type)
-    marked = pc.binary_join_element_wise(sizes.cast(texts.type), texts, colon)
-    if len(marked):
+    colon = pa.scalar(":", texts.type)
+    for begin in range(0, len(texts), _ROWS_AT_ONCE):
+        some = texts.slice(begin, _ROWS_AT_ONCE)
+        sizes = pc.binary_length(some).cast(some.type)
+        marked = pc.binary_join_element_wise(sizes, some, colon)
         digest.update(marked.buffers()[2])  # all of them, without a gap
 
 
@@ -760,8 +772,8 @@ def write_store(base, parts, manifest, settings, info, manifest_path=None):
 
 
 def batched(items, size):
-    """A sequence as lists of so many items; the last may have fewer."""
-    return [list(items[i : i + size]) for i in range(0, len(items), size)]
+    """A sequence in parts of so many items; the last may have fewer."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def encoded(batches, encode):

@@ -61,7 +61,7 @@ def shared_texts(texts):
 
     Arguments
     ---------
-    texts : sequence of str
+    texts : iterable of str
 
     Returns
     -------

@@ -546,7 +546,7 @@ def test_items_that_nobody_embedded_are_not_forgotten(tmp_path):
     with pytest.raises(RuntimeError, match="1 items of .*the first .* 3, were"):
         half.finish(np.array([0, 1, 3, 4]), table, {})
     rest, [pending] = writer()
-    assert pending == [0, 1, 2, 3, 4]
+    assert list(pending) == [0, 1, 2, 3, 4]
     rest.write([3], torch.ones(1, 2))
     rest.finish(np.array([0, 1, 3, 4]), table, {})
     assert len(open_embeddings(tmp_path, "x", "caption")) == 4

@@ -50,7 +50,11 @@ def test_byte_order_marks_and_windows_line_ends(tmp_path):
     (tmp_path / "a").write_bytes(text.encode())
     table = read_table(tmp_path / "a", ["caption"])
     assert table["caption"].tolist() == ["rain", "hail"]
-    assert read_lines(tmp_path / "a") == ["caption,ID", "rain,1", "hail,2"]
+    assert list(read_lines(tmp_path / "a")) == [
+        "caption,ID",
+        "rain,1",
+        "hail,2",
+    ]
 
 
 @pytest.mark.parametrize("cell", ["rain", '"rain"'])
@@ -133,7 +137,7 @@ def test_lists_that_cannot_be_read(tmp_path):
     (tmp_path / "a").write_bytes(b"caf\xe9.wav\n")
     for name in ("a", "b"):
         with pytest.raises(ValueError, match=f"{name} cannot be read"):
-            read_lines(tmp_path / name)
+            list(read_lines(tmp_path / name))
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
