@@ -91,28 +91,28 @@ def _fastest_product(
     if not with_report:
         sizes += [count for count in _NUM_AXES if count < width]
     scratch = products.Scratch()
-    with concurrent.futures.ThreadPoolExecutor(1) as beside:
-        # The first decision loads compiled code, which takes longer.
-        halves = audio[::2], text[::2]
-        all_axes = (
-            None if with_report else beside.submit(products.joint_axes, *halves)
-        )
-        decision = _decision_seconds(audio, text, device)
+    beside = concurrent.futures.ThreadPoolExecutor(1)
+    halves = audio[::2], text[::2]
+    all_axes = (
+        None if with_report else beside.submit(products.joint_axes, *halves)
+    )
+    beside.shutdown(wait=False)  # the rest need not wait for them
+    # The first decision loads compiled code, which takes longer.
+    decision = _decision_seconds(audio, text, device)
     for count in sizes:
         axes, preparing = None, 0.0
         sides = [audio[1::2], text[1::2]]
         if count is not None:
             axes = all_axes.result()[:, :count].contiguous()
             turned = products.turned_axes(axes)
-            short = [
-                products.shortened(side, turned, products.Scratch())
-                for side in sides
-            ]
-            begin = time.perf_counter()
+            short = []
             for side in sides:
-                products.shortened(side, turned, scratch)
+                begin = time.perf_counter()
+                short.append(
+                    products.shortened(side, turned, products.Scratch())
+                )
             preparing = time.perf_counter() - begin
-            preparing /= sum(map(len, sides))  # a row
+            preparing /= len(side)  # a row
             preparing *= 1 / n_audio + 1 / n_text  # a similarity
             sides = short
             looking = _decision_seconds(*sides, device)
