@@ -21,7 +21,7 @@ from benchmarks.measure import Row, machine, precisions, product_speed, table
 
 # Together about 15 minutes on two cores.
 COMMANDS = {
-    "step": ["--batch", "16", "--steps", "2"],
+    "step": ["--batch", "16", "--steps", "1"],
     "convolution": ["--clips", "4", "--runs", "1"],
     "embed": ["--captions", "256", "--clips", "48", "--runs", "1"],
     "loading": ["--files", "6", "--runs", "2"],

@@ -1,8 +1,6 @@
 """What a threshold keeps, for choosing one: a table and a picture."""
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
 from curation.tally import EDGES
 
@@ -83,6 +81,9 @@ def report_figure(report, title):
     -------
     matplotlib.figure.Figure
     """
+    # It takes half a second, for which a wrong flag need not wait.
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(14, 9))
     figure.suptitle(title, parse_math=False)
     grid = figure.add_gridspec(
@@ -136,6 +137,8 @@ def _draw_curve(axes, report):
 
 def _count_in_powers(axes):
     """A logarithmic axis of counts: 1, 10, 100, 1 k."""
+    from matplotlib.ticker import EngFormatter
+
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.5)
     axes.yaxis.set_major_formatter(EngFormatter())
