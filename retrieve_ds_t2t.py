@@ -91,7 +91,7 @@ class CaptionBrain(sb.Brain):
                 found = open_embeddings(
                     hparams.emb_dir, "text_insper", "caption"
                 )
-            except (OSError, ValueError) as error:
+            except (FileNotFoundError, ValueError) as error:
                 why = str(error)
             else:
                 there = found.info["settings"]

@@ -201,6 +201,8 @@ def open_embeddings(emb_dir, stem, column, manifest_path=None):
     ------
     FileNotFoundError
         The array or its manifest is absent.
+    OSError
+        The folder cannot hold a copy of the manifest for the time.
     ValueError
         The manifest lacks the column, or the parts disagree: another number
         of rows, or a manifest that was edited after embedding.
@@ -545,7 +547,7 @@ class EmbeddingWriter:
         if self.finished:
             try:
                 open_embeddings(folder, stem, column)
-            except (OSError, ValueError) as error:
+            except (FileNotFoundError, ValueError) as error:
                 self.finished, self.flaw = False, error
         if self.finished:
             if if_main_process():

@@ -930,6 +930,9 @@ def test_a_disk_without_room_for_a_manifest(embed, monkeypatch):
     message = f"{save} cannot hold a copy of {save}/text_insper.csv .*No space"
     with pytest.raises(OSError, match=message):
         open_embeddings(save, "text_insper", "caption")
+    # Nor is it taken for a store that is broken, and made again.
+    with pytest.raises(OSError, match=message):
+        embed(audio_pathfile=None)
 
 
 def test_hashes_of_texts_and_manifests():
