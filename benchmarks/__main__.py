@@ -26,7 +26,7 @@ COMMANDS = {
     "embed": ["--captions", "256", "--clips", "48", "--runs", "1"],
     "loading": ["--files", "6", "--runs", "2"],
     "retrieve": ["--audio", "40000", "--runs", "1"],
-    "writing": ["--pairs", "500000", "--runs", "2"],
+    "writing": ["--pairs", "500000", "--runs", "3"],
     "startup": ["--runs", "1"],
     "growth": ["--captions", "128", "--clips", "8"],
     "audioset": [],

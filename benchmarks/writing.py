@@ -5,8 +5,9 @@
 The ordinary way makes a dictionary for each pair, a DataFrame of these, and
 lets pandas write it; it is run as it is (A) and with freed memory kept (B).
 The script's `PairSink` gets the same pairs, as arrays of a hundred thousand.
-Both write the same columns; of the captions one in ten needs quotes. The sides
-run in turn, each in a process of its own.
+Both write the same columns; of the captions one in ten needs quotes. The
+manifests are there before: as DataFrames, and of the script as the search has
+them. The sides run in turn, each in a process of its own.
 """
 
 import argparse
@@ -95,9 +96,8 @@ def ours(audio, text, rows, texts, values, path):
     """The script's way."""
     # The sink reads nothing of a store but its manifest and its length.
     stores = (
-        Embeddings(np.empty((len(table), 0)), manifest, info=None, path="")
-        for table in (audio, text)
-        for manifest in [Manifest([table], os.path.dirname(path))]
+        Embeddings(np.empty((len(x), 0)), x, info=None, path="")
+        for x in (audio, text)
     )
     with open(path, "wb") as file:
         file.write(HEADER)
@@ -111,7 +111,11 @@ WAYS = {way.__name__: way for way in (ordinary, ours)}
 
 def run_side(side, count, path):
     """Run one side in this process; print its time and peak memory."""
-    pairs = make_pairs(count)
+    *tables, rows, texts, values = make_pairs(count)
+    if side == "ours":
+        # As the search has them.
+        tables = (Manifest([table], os.path.dirname(path)) for table in tables)
+    pairs = *tables, rows, texts, values
     begin = time.perf_counter()
     WAYS[side](*pairs, path)
     seconds = time.perf_counter() - begin
