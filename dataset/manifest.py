@@ -18,8 +18,10 @@ from files import read_table
 
 # Headers wait for the disk, not the processor.
 _THREADS = 16
+# Of a task: to give one to a thread takes longer than a header from memory.
+_FILES = 8
 # Each that waits for a thread takes 2 kB.
-_FILES_AT_ONCE = 2**14
+_TASKS_AT_ONCE = 2**11
 
 
 def read_pairs(path, flag=None, audio_folder=None):
@@ -65,9 +67,9 @@ def read_pairs(path, flag=None, audio_folder=None):
         frame["ID"] = [str(i) for i in range(len(frame))]
     folder = os.path.abspath(audio_folder or os.path.dirname(path) or ".")
     # One spelling of a path, or one recording could count as two.
-    frame["wav_path"] = [
-        os.path.normpath(os.path.join(folder, p)) for p in frame["wav_path"]
-    ]
+    which, paths = pd.factorize(frame["wav_path"])
+    paths = [os.path.normpath(os.path.join(folder, path)) for path in paths]
+    frame["wav_path"] = pd.Series(paths, dtype="str").take(which).array
     first = ["ID", "wav_path", "caption"]
     return frame[first + [c for c in frame.columns if c not in first]]
 
@@ -148,7 +150,11 @@ def of_headers(look, paths, hides_bar):
     list
         In the order of the paths.
     """
-    results = []
+
+    def look_at(begin):
+        return [look(path) for path in paths[begin : begin + _FILES]]
+
+    results, begins = [], range(0, len(paths), _FILES)
     with (
         ThreadPoolExecutor(_THREADS) as pool,
         tqdm(
@@ -158,8 +164,8 @@ def of_headers(look, paths, hides_bar):
             disable=hides_bar,
         ) as bar,
     ):
-        for i in range(0, len(paths), _FILES_AT_ONCE):
-            for result in pool.map(look, paths[i : i + _FILES_AT_ONCE]):
-                results.append(result)
-                bar.update()
+        for i in range(0, len(begins), _TASKS_AT_ONCE):
+            for some in pool.map(look_at, begins[i : i + _TASKS_AT_ONCE]):
+                results += some
+                bar.update(len(some))
     return results

@@ -858,14 +858,14 @@ def test_the_main_process_alone_shows_that_headers_are_read(
 
 
 def test_headers_are_read_in_threads(monkeypatch):
-    monkeypatch.setattr("dataset.manifest._FILES_AT_ONCE", 24)
+    monkeypatch.setattr("dataset.manifest._TASKS_AT_ONCE", 8)
     together = threading.Barrier(8)
 
     def look(path):
         together.wait(timeout=30)
         return path.upper()
 
-    names = [f"{i}.wav" for i in range(40)]
+    names = [f"{i}.wav" for i in range(128)]
     found = of_headers(look, names, hides_bar=True)
     assert found == [name.upper() for name in names]
 
