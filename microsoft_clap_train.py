@@ -28,6 +28,11 @@ from matplotlib.figure import Figure
 from speechbrain.dataio.dataloader import SaveableDataLoader
 from speechbrain.nnet.schedulers import update_learning_rate
 from speechbrain.utils import train_logger
+from speechbrain.utils.checkpoints import (
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
 from speechbrain.utils.distributed import (
     if_main_process,
     main_process_only,
@@ -61,6 +66,22 @@ logger = logging.getLogger(__name__)
 
 # Of the validation set, with which its loss is hardly more than chance.
 _FEW_RECORDINGS = 20
+
+
+@register_checkpoint_hooks
+class Unreadable(dict):
+    """Audio files that could not be read, path -> why; part of checkpoints."""
+
+    @mark_as_saver
+    def save(self, path):
+        """Write them as JSON."""
+        write_json(self, path)
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch):
+        """Add those of a checkpoint."""
+        with open(path, encoding="utf-8") as file:
+            self.update(json.load(file))
 
 
 class CLAPBrain(sb.Brain):
@@ -264,8 +285,13 @@ class CLAPBrain(sb.Brain):
             seconds = time.perf_counter() - self.start_time
             pairs = self.train_sampler.global_batch_size
             steps = (epoch - 1) * len(self.train_sampler) + self.step
+            losses = self.of_all_processes(float(stage_loss))
+            for unreadable in self.of_all_processes(dict(self.unreadable)):
+                self.note_unreadable(
+                    unreadable, self.unreadable, self.num_clips
+                )
             self.train_stats = {
-                "loss": float(stage_loss),
+                "loss": sum(losses) / len(losses),
                 "clips_per_second": (self.step - self.first_step)
                 * pairs
                 / seconds,
@@ -274,6 +300,15 @@ class CLAPBrain(sb.Brain):
             }
         else:
             self.end_epoch(epoch, float(stage_loss))
+
+    @staticmethod
+    def of_all_processes(value):
+        """What each process has, in a list."""
+        _, world_size = rank_and_world_size()
+        values = [value] * world_size
+        if world_size > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
 
     def end_epoch(self, epoch, valid_loss):
         """Anneal the learning rate, log the epoch and save a checkpoint."""
@@ -431,7 +466,11 @@ def train(brain):
     train_loader = make_train_loader(brain, manifests[:-1])
     brain.train_sampler = train_loader.batch_sampler
     record_settings(brain, names, is_new)
-    brain.unreadable, brain.zeroshot_unreadable = {}, {}
+    brain.unreadable, brain.zeroshot_unreadable = Unreadable(), {}
+    # Optional: runs of earlier versions have none.
+    brain.checkpointer.add_recoverable(
+        "unreadable", brain.unreadable, optional_load=True
+    )
     brain.num_clips = pd.concat(manifests)["wav_path"].nunique()
     brain.zeroshot_set = (
         make_zeroshot_set(brain, manifests[:-1])

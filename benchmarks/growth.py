@@ -7,25 +7,46 @@ report) at N, 2N and 4N, once each, in processes of their own.
 """
 
 import argparse
+import pathlib
+import shutil
 import sys
 import tempfile
+
+import pandas as pd
 
 from benchmarks import embed, retrieve
 from benchmarks.measure import Row, in_process, machine, show
 
 
-def embedding(n_captions, n_clips):
-    """Rows of captions and of clips."""
+def embedding(sizes):
+    """Rows of captions, then of clips.
+
+    Arguments
+    ---------
+    sizes : list of tuple of int
+        Numbers of captions and clips, ascending.
+    """
+    runs = []
     with tempfile.TemporaryDirectory() as folder:
-        embed.make_world(folder, n_captions, n_clips)
-        flags = ["--side", "ours", "--folder", folder, "--precision", "fp32"]
-        run = in_process("benchmarks.embed", flags)
+        embed.make_world(folder, *sizes[-1])
+        captions = pd.read_csv(f"{folder}/captions.csv")
+        paths = pathlib.Path(f"{folder}/audio.txt")
+        clips = paths.read_text().splitlines(keepends=True)
+        for n_captions, n_clips in sizes:
+            captions[:n_captions].to_csv(f"{folder}/captions.csv", index=False)
+            paths.write_text("".join(clips[:n_clips]))
+            # A store of another list would not be replaced.
+            shutil.rmtree(f"{folder}/fp32", ignore_errors=True)
+            flags = ["--side", "ours", "--folder", folder]
+            flags += ["--precision", "fp32"]
+            runs.append(in_process("benchmarks.embed", flags))
     return [
-        Row(f"embed {count} {unit}s", "script, fp32", run[kind], "s",
+        Row(f"embed {size[i]} {unit}s", "script, fp32", run[kind], "s",
             memory=run["memory"])
-        for kind, count, unit in (
-            ("text", n_captions, "caption"), ("audio", n_clips, "clip")
+        for i, (kind, unit) in enumerate(
+            (("text", "caption"), ("audio", "clip"))
         )
+        for size, run in zip(sizes, runs)
     ]  # fmt: skip
 
 
@@ -52,8 +73,7 @@ def main(argv):
     parser.add_argument("--text", type=int, default=10000)
     args = parser.parse_args(argv)
     sizes = (1, 2, 4)
-    both = [embedding(n * args.captions, n * args.clips) for n in sizes]
-    rows = [row for kind in zip(*both) for row in kind]
+    rows = embedding([(n * args.captions, n * args.clips) for n in sizes])
     retrieve.compile_loops()
     rows += [search(n * args.audio, args.text) for n in sizes]
     rows += [search(args.audio, n * args.text) for n in sizes[1:]]

@@ -45,6 +45,14 @@ def in_process(module, arguments, environment=None):
     return json.loads(output.splitlines()[-1])
 
 
+def is_warm_soon():
+    """Whether a first run leaves nothing for a second one to prepare.
+
+    So it is on a CPU where memory goes back to the system after each.
+    """
+    return not (on_gpu() or KEEPING.items() <= os.environ.items())
+
+
 def device():
     """Where a side computes."""
     return "cuda" if torch.cuda.is_available() else "cpu"

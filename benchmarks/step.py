@@ -43,6 +43,7 @@ from benchmarks.measure import (
     Row,
     device,
     in_process,
+    is_warm_soon,
     machine,
     on_gpu,
     peak_memory,
@@ -182,7 +183,8 @@ def run_side(make, folder, precision, batch, steps):
         before, and on a GPU the largest batch, unless the network is compiled.
     """
     step, loss_of, tokenize = make(folder, precision)
-    data = list(batches_of(folder, batch, WARM_UP + steps, tokenize))
+    warm_up = 1 if make is ordinary and is_warm_soon() else WARM_UP
+    data = list(batches_of(folder, batch, warm_up + steps, tokenize))
     if on_gpu():
         # As loaders give them. What is done once for each length of the
         # captions is done in the warm-up.

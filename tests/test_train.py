@@ -691,23 +691,59 @@ def test_an_epoch_that_is_run_again_replaces_its_figures(tmp_path):
     assert figures["valid_acc"].isna().tolist() == [True, True, False]
 
 
-def test_unreadable_audio_is_skipped_counted_and_limited(flags, tmp_path):
+def write_bad_pairs(folder, bad):
+    """Twenty pairs of files, of which some cannot be decoded."""
     rows = []
     for i in range(20):
-        path = tmp_path / f"{i}.flac"
+        path = folder / f"{i}.flac"
         write_noise(path, 3.0, 16000, seed=i)
-        if i < 3:  # its header stays good
+        if i < bad:  # its header stays good
             path.write_bytes(path.read_bytes()[:4000])
         rows.append((str(path), f"dog {i}", "2.0"))
     frame = pd.DataFrame(rows, columns=["wav_path", "caption", "start"])
-    write_csv(frame, tmp_path / "pairs.csv")
-    flags["train_csv_path"] = tmp_path / "pairs.csv"
-    train(flags, max_bad_audio=0.2)
-    log = (tmp_path / "run" / "log.txt").read_text()
-    assert log.count("Skipping ") == 3
+    write_csv(frame, folder / "pairs.csv")
+    return folder / "pairs.csv"
+
+
+def test_unreadable_audio_is_skipped_counted_and_limited(flags, tmp_path):
+    flags["train_csv_path"] = write_bad_pairs(tmp_path, bad=3)
+    # The second run goes on with the first, and knows what that met.
+    for epochs in (2, 3):
+        train(flags, max_bad_audio=0.2, number_of_epochs=epochs)
+        log = (tmp_path / "run" / "log.txt").read_text()
+        assert log.count("Skipping ") == 3
     assert "3 audio files were skipped" in log
     with pytest.raises(RuntimeError, match=r"max_bad_audio=0\.1"):
         train(flags, max_bad_audio=0.1, output_folder=tmp_path / "other")
+
+
+NOTE_FIGURES = """
+of_script = script.CLAPBrain.on_stage_end
+
+def on_stage_end(brain, stage, loss, epoch):
+    if stage == script.sb.Stage.TRAIN:
+        note(script.json.dumps([float(loss), sorted(brain.unreadable)]))
+    of_script(brain, stage, loss, epoch)
+
+script.CLAPBrain.on_stage_end = on_stage_end
+"""
+
+
+def test_figures_are_those_of_all_processes(flags, tmp_path):
+    flags["train_csv_path"] = write_bad_pairs(tmp_path, bad=8)
+    flags |= {"max_bad_audio": 0.5, "number_of_epochs": 1}
+    noted = torchrun_watched(
+        "microsoft_clap_train.py", argv(flags), tmp_path, NOTE_FIGURES
+    )
+    losses, unreadable = zip(*(json.loads(line) for [line] in noted))
+    [figures] = history(tmp_path / "run").to_dict("records")
+    assert losses[0] != losses[1]
+    assert figures["train_loss"] == pytest.approx(np.mean(losses))
+    everyone = set().union(*unreadable)
+    assert len(everyone) > len(unreadable[0])
+    assert figures["train_unreadable"] == len(everyone)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert all(f"Skipping {path}" in log for path in everyone)
 
 
 def test_torchrun_trains_as_one(flags, tmp_path):
