@@ -23,6 +23,7 @@ import importlib.metadata
 import logging
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -33,6 +34,7 @@ import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from hyperpyyaml.core import recursive_update
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from speechbrain.utils.distributed import (
     ddp_broadcast,
     ddp_init_group,
@@ -54,11 +56,14 @@ _REFUSED = {
     "jit": _COMPILED,
     "jit_module_keys": _COMPILED,
     "remove_vector_weight_decay": "only some gradients would be clipped then",
+    "log_config": "logs are the same in all scripts",
     "optimizer_step_limit": "a run would go on beyond it when resumed. Give "
     "--number_of_epochs and --subset_pct",
 }
 # What SpeechBrain's own parser notes among them.
 _NO_OPTIONS = ("param_file", "overridden_args")
+# What HyperPyYAML takes for the value of a key, in any text.
+_REFERENCE = re.compile("<[^<>]+>")
 # How SpeechBrain begins the copy of a YAML file in a run's folder.
 _RECORD = "# Generated "
 # Texts that mean nothing: YAML's, and Python's.
@@ -110,6 +115,8 @@ def start(argv, needs, keeps_memory=True):
     run_opts = fit_to_device(run_opts)
     ddp_init_group(RunOptions.from_dictionary(run_opts))
     same_command = name_output_folder(hparams_file, overrides)
+    _check_folder(overrides.get("output_folder"), needs)
+    _quote_texts(overrides)
     with open(hparams_file, encoding="utf-8") as file:
         hparams = load_hyperpyyaml(
             file,
@@ -267,7 +274,7 @@ def check_numbers(hparams, names, lowest, highest=math.inf, whole=False):
         if (
             isinstance(value, bool)
             or not isinstance(value, kinds)
-            or not lowest <= value <= highest
+            or not (lowest <= value <= highest and math.isfinite(value))
         ):
             kind = "whole number" if whole else "number"
             raise SystemExit(f"--{name}={value}: give a {kind} {limits}")
@@ -390,9 +397,17 @@ def parse_arguments(argv):
                 "runs and other scripts look for it: give --output_folder"
             )
         text = _at_home(key, value)
+        if _REFERENCE.search(text):
+            raise SystemExit(
+                f"--{key}={text}: <...> stands for another key in YAML files; "
+                "rename it, or link to it by another name"
+            )
         value = _parse_value(key, text)
         is_text = isinstance(defaults.get(key), str) or _is_path(key)
-        if is_text and isinstance(value, bool | int | float | dict):
+        is_list = isinstance(value, list) and key != "text_prompt"
+        if is_text and (
+            is_list or isinstance(value, bool | int | float | dict)
+        ):
             # The experiment 007 is not the experiment 7, and {} is a prompt.
             value = text
         if value is None:
@@ -401,7 +416,6 @@ def parse_arguments(argv):
                     "--%s is empty: its default holds (%s)", key, defaults[key]
                 )
         elif key in defaults:
-            _check_type(key, value, defaults[key])
             overrides[key] = value
         else:
             run_opts[key] = _run_option(key, value, options[key])
@@ -415,6 +429,10 @@ def parse_arguments(argv):
                 f"--output_folder={run} and --prev_ckpt_dir={previous} are two "
                 "runs: give one of them"
             )
+    known = _top_level(hparams_file)
+    for key, value in {**inherited, **overrides}.items():
+        if key in known:
+            _check_type(key, value, known[key])
     recursive_update(inherited, overrides)
     overrides = inherited
     for key, value in overrides.items():
@@ -460,10 +478,15 @@ def fit_to_device(run_opts):
     run_opts.setdefault("device", sb.utils.distributed.infer_device())
     try:
         device = torch.device(run_opts["device"])
-    except (RuntimeError, TypeError):
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, TypeError):
+        device = torch.device("meta")
+    if device.type == "meta":
         raise SystemExit(
-            f"--device={run_opts['device']}: give cpu, cuda, or cuda:1 ..."
-        ) from None
+            f"--device={run_opts['device']} is not there: give cpu, cuda, or "
+            "cuda:1 ..."
+        )
     if device.type == "cuda" and (device.index or 0) >= (
         torch.cuda.device_count()
     ):
@@ -644,20 +667,27 @@ def _read_hparams(path):
     """
     if not os.path.isfile(path):
         raise SystemExit(f"There is no hyperparameter file {path}")
-    with open(path, encoding="utf-8") as file:
-        if file.readline().startswith(_RECORD):
-            raise SystemExit(
-                f"{path} is the record of a run, where flags do not reach what "
-                f"depends on them. Give {file.readline()[2:].strip()} and the "
-                "run's flags"
-            )
-        file.seek(0)
-        own = ruamel.yaml.YAML().load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            if file.readline().startswith(_RECORD):
+                raise SystemExit(
+                    f"{path} is the record of a run, where flags do not reach "
+                    f"what depends on them. Give {file.readline()[2:].strip()} "
+                    "and the run's flags"
+                )
+            file.seek(0)
+            own = ruamel.yaml.YAML().load(file)
+    except (ValueError, ruamel.yaml.YAMLError) as error:
+        raise SystemExit(f"{path} is no YAML file: {error}") from None
+    if not isinstance(own, dict):
+        raise SystemExit(f"{path} has no keys: give one of hparams/")
     if "base" not in own:
         return path, {}
-    base = os.path.join(os.path.dirname(path), own.pop("base"))
+    base = os.path.join(os.path.dirname(path), str(own.pop("base")))
+    if os.path.realpath(base) == os.path.realpath(path):
+        raise SystemExit(f"{path} names itself as its base")
     root, changes = _read_hparams(base)
-    added = own.pop("adds", {})
+    added = own.pop("adds", None) or {}
     for key in own.keys() - _top_level(root, changes).keys():
         raise SystemExit(
             f"{path}: {base} has no key {key} to change; new ones go under adds"
@@ -708,7 +738,10 @@ def _parse_value(key, text):
 
 
 def _check_type(key, value, default):
-    """Stop if a flag of the YAML file is no switch, or no number, as it is."""
+    """Stop if a key's value is no switch, no number or no mapping, as it is.
+
+    Or if a mapping has keys that the default, an object's arguments, has not.
+    """
     is_switch = isinstance(default, bool)
     if is_switch and not isinstance(value, bool):
         raise SystemExit(f"--{key}={value}: give True or False")
@@ -717,6 +750,60 @@ def _check_type(key, value, default):
         isinstance(value, bool) or not isinstance(value, int | float)
     ):
         raise SystemExit(f"--{key}={value}: give a number")
+    if not isinstance(default, dict):
+        if isinstance(value, dict):
+            raise SystemExit(f"--{key}={dict(value)}: give no {{}}")
+        return
+    form = f"--{key}='{{name: value, ...}}'"
+    if not isinstance(value, dict):
+        raise SystemExit(f"--{key}={value}: give {form}")
+    if str(default.tag.value).startswith("!new:"):
+        for name in value.keys() - default.keys():
+            close = difflib.get_close_matches(str(name), default, n=1)
+            raise SystemExit(
+                f"{form} has no {name}"
+                + (f" (did you mean {close[0]}?)" if close else "")
+            )
+
+
+def _quote_texts(overrides):
+    """Have each text in quotes when HyperPyYAML writes it.
+
+    It does so in lines of 80 columns, and would lose one of two spaces there.
+    """
+    is_mapping = isinstance(overrides, dict)
+    for key, value in overrides.items() if is_mapping else enumerate(overrides):
+        if isinstance(value, str):
+            overrides[key] = DoubleQuotedScalarString(value)
+        elif isinstance(value, dict | list):
+            _quote_texts(value)
+
+
+def _check_folder(folder, needs):
+    """Stop if a run cannot have this folder, since it is none, or another's.
+
+    Raises
+    ------
+    SystemExit
+        It, or what it would lie in, is a file; or it is that of a training run
+        and this one is none.
+    """
+    if folder is None:
+        return
+    above = os.path.abspath(folder)
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above):
+        raise SystemExit(f"--output_folder={folder}: {above} is no folder")
+    record = os.path.join(folder, "hyperparams.yaml")
+    if needs != "opt_class" and os.path.isfile(record):
+        with open(record, encoding="utf-8", errors="replace") as file:
+            is_training = any(line.startswith("opt_class:") for line in file)
+        if is_training and needs != "teacher":
+            raise SystemExit(
+                f"--output_folder={folder} is that of a training run, whose "
+                "records would be lost: give another one"
+            )
 
 
 def _run_option(key, value, default):

@@ -85,11 +85,12 @@ def test_values(yaml_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["007", "1e3", "2024_05_01", "True", "0x1", "{}", "{a: b}", "#x"]
+    "text",
+    ["007", "1e3", "2024_05_01", "True", "0x1", "{}", "{a: b}", "#x", "[a]"],
 )
 def test_texts_stay_as_they_were_typed(yaml_file, tmp_path, text):
     (tmp_path / text).touch()
-    keys = ("experiment_name", "text_prompt", "output_folder", "clap_ckpt_path")
+    keys = ("experiment_name", "text_model", "output_folder", "clap_ckpt_path")
     _, overrides = parse(yaml_file, *(f"--{key}={text}" for key in keys))
     assert overrides == dict.fromkeys(keys, text)
 
@@ -153,6 +154,12 @@ def test_switches_take_a_value(yaml_file, value):
         (["--seed=1.5"], "--seed=1.5: give a whole number"),
         (["--short_audio=mirror"], "--short_audio=mirror: .* repeat, zero$"),
         (["--resume_interrupt=no"], "--resume_interrupt=no: give True or"),
+        (["--output_base=r<seed>"], r"=r<seed>: <\.\.\.> stands for another"),
+        (["--network=3"], r"--network=3: give --network='\{name: value"),
+        (["--network={width: 3"], "give --network='{name: value"),
+        (["--data_folder={a: 1}"], "--data_folder={a: 1} does not exist"),
+        (["--batch_size={a: 1}"], "--batch_size={'a': 1}: give a number"),
+        (["--time_stamp={a: 1}"], "--time_stamp={'a': 1}: give no {}"),
         (["--save_folder=x"], "<output_folder>/save.*give --output_folder$"),
         (["--param_file=x"], "--param_file is neither a key of"),
         (["--output_base=donn\udce9es"], "--output_base=donn.*is not UTF-8"),
@@ -203,6 +210,60 @@ def test_wrong_hparams_files():
         experiment.parse_arguments(["absent.yaml"])
     with pytest.raises(SystemExit, match="usage"):
         experiment.parse_arguments(["--batch_size=3"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "is no YAML file: "),
+        (b"a: [1", "is no YAML file: "),
+        (b"", "has no keys"),
+        (b"- a", "has no keys"),
+        (b"base: own.yaml", "names itself"),
+        (b"base: h.yaml\nresume_interrupt: no", "--resume_interrupt=no: give"),
+        (b"base: h.yaml\nbase_lr: null", "--base_lr=None: give a number"),
+    ],
+)
+def test_own_hparams_files_that_are_wrong(
+    yaml_file, tmp_path, content, message
+):
+    (tmp_path / "own.yaml").write_bytes(content)
+    with pytest.raises(SystemExit, match=message):
+        experiment.parse_arguments(["own.yaml"])
+
+
+def test_arguments_that_an_object_has_not():
+    path = f"{ROOT}/hparams/esc/microsoft_zeroshot.yaml"
+    with pytest.raises(SystemExit, match="no widht .did you mean width"):
+        experiment.parse_arguments([path, "--clap={widht: 3}"])
+
+
+@pytest.mark.parametrize("length", range(40, 80))
+def test_two_spaces_in_a_path(tmp_path, monkeypatch, length):
+    """HyperPyYAML writes texts in lines of 80 columns."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "h.yaml").write_text("output_folder: x\nneeded: 1\n")
+    folder = f"{length * 'a'}/My  sounds  and captions"
+    hparams, _ = experiment.start(
+        ["h.yaml", f"--output_folder={folder}"], needs="needed"
+    )
+    assert hparams["output_folder"] == folder
+    assert (tmp_path / folder / "hyperparams.yaml").exists()
+
+
+def test_folders_that_a_run_cannot_have(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "h.yaml").write_text("output_folder: x\nneeded: 1\n")
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/x"):
+        with pytest.raises(SystemExit, match=f"={folder}: .*file is no folder"):
+            experiment.start(["h.yaml", f"--output_folder={folder}"], "needed")
+    record = tmp_path / "run" / "hyperparams.yaml"
+    record.parent.mkdir()
+    record.write_text("# Generated\nopt_class: !name:torch.optim.Adam\n")
+    with pytest.raises(SystemExit, match="=run is that of a training run"):
+        experiment.start(["h.yaml", "--output_folder=run"], "needed")
+    assert record.read_text().startswith("# Generated\nopt_class")
 
 
 @pytest.mark.parametrize(
@@ -309,10 +370,14 @@ def test_how_to_compile_goes_with_compiling(caplog):
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("foo", "give cpu"), ("cuda:99", r"PyTorch finds \d+ GPUs")],
+    [
+        ("foo", " is not there: give cpu"),
+        ("meta", " is not there: give cpu"),
+        ("cuda:99", r": PyTorch finds \d+ GPUs"),
+    ],
 )
 def test_a_device_that_is_not_there(device, message):
-    with pytest.raises(SystemExit, match=f"^--device={device}: {message}"):
+    with pytest.raises(SystemExit, match=f"^--device={device}{message}"):
         experiment.fit_to_device({"device": device})
 
 
@@ -492,6 +557,7 @@ def documented_commands():
         found += re.findall(
             r"^    .*?\w+\.py +(hparams/\S+\.yaml.*)$", text, re.M
         )
+    found = [command.replace("$NETWORK", "{width: 8}") for command in found]
     return [command for command in found if "[flags]" not in command]
 
 
