@@ -49,6 +49,27 @@ def written_whole(path):
             os.close(descriptor)
 
 
+@contextlib.contextmanager
+def alone(path):
+    """A file that is there while a process does what only one may do at once.
+
+    Raises
+    ------
+    OSError
+        Another process does it; the message begins with the path.
+    """
+    try:
+        descriptor = _locked(path)
+    except OSError as error:
+        raise OSError(f"{path}: {error}") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+        os.close(descriptor)
+
+
 def _locked(path):
     """Descriptor of a file, made if absent, that no other process writes."""
     while True:

@@ -53,7 +53,7 @@ from curation.products import precisions
 from curation.report import make_report, report_figure
 from curation.similarity import keep_best, pairs_over
 from curation.tally import EDGES, Tally
-from files import write_json, written_whole
+from files import alone, write_json, written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -386,8 +386,13 @@ def has_windows(manifest):
     -------
     bool
     """
-    paths = (piece["wav_path"].array for piece in manifest)
-    return any((p[1:] == p[:-1]).any() for p in paths)
+    last = None
+    for piece in manifest:
+        paths = piece["wav_path"].array
+        if len(paths) and (paths[0] == last or (paths[1:] == paths[:-1]).any()):
+            return True
+        last = paths[-1] if len(paths) else last
+    return False
 
 
 def share_of(count, block_size):
@@ -649,7 +654,11 @@ def main(argv):
     check_same_weights(audio, text)
     # What reading the manifests took.
     pa.default_memory_pool().release_unused()
-    retrieve(audio, text, hparams, run_opts)
+    shares = torch.distributed.is_initialized() and if_main_process()
+    lock = os.path.join(folder, f"{hparams['curation_name']}_search.lock")
+    # Processes leave each other files under names that another run has too.
+    with alone(lock) if shares else contextlib.nullcontext():
+        retrieve(audio, text, hparams, run_opts)
     experiment.finish()
 
 

@@ -29,6 +29,7 @@ from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from tqdm import tqdm
 
 from files import (
+    alone,
     read_lines,
     read_pieces,
     read_table,
@@ -65,13 +66,16 @@ class Embeddings:
         normalised where they are not unit-norm.
     path : str
         The .npy file, for messages.
+    file : file
+        The same, open: another store may take its place meanwhile.
     """
 
-    def __init__(self, vectors, manifest, info, path):
+    def __init__(self, vectors, manifest, info, path, file=None):
         self.vectors = vectors
         self.manifest = manifest
         self.info = info
         self.path = path
+        self.file = file
 
     def __len__(self):
         """Number of rows."""
@@ -88,7 +92,13 @@ class Embeddings:
         # Mapped anew each time, or all pages that were read would count as
         # memory of the process until it ends. "c" never writes to the file,
         # but PyTorch warns of arrays that cannot be written to.
-        block = np.load(self.path, mmap_mode="c")[rows]
+        whole = self.vectors
+        if self.file is not None and len(whole):
+            order = "C" if whole.flags.c_contiguous else "F"
+            whole = np.memmap(
+                self.file, whole.dtype, "c", whole.offset, whole.shape, order
+            )
+        block = whole[rows]
         if self.info is None:
             # Norms of another order would be rounded by the size of the block.
             block = np.ascontiguousarray(block, dtype=np.float32)
@@ -217,6 +227,7 @@ def open_embeddings(emb_dir, stem, column, manifest_path=None):
                 "--text_stem"
             )
         raise FileNotFoundError(f"{path} does not exist: {advice}")
+    file = open(path, "rb")  # noqa: SIM115
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -255,7 +266,7 @@ def open_embeddings(emb_dir, stem, column, manifest_path=None):
             raise ValueError(f"{manifest_path} {problem}, or embed again")
     else:
         logger.warning("%s has no record: of unknown weights", path)
-    return Embeddings(vectors, manifest, info, path)
+    return Embeddings(vectors, manifest, info, path, file)
 
 
 def _kept_manifest(path, column, folder):
@@ -342,12 +353,13 @@ def _read_times(table, source, first_row=2):
         # Few windows begin or end at a time of their own.
         which, texts = pd.factorize(table[name])
         seconds = pd.to_numeric(texts, errors="coerce").to_numpy(float)
-        wrong = np.flatnonzero(np.isnan(seconds) & (texts.str.strip() != ""))
+        is_time = (seconds >= 0) & (seconds < np.inf)
+        wrong = np.flatnonzero(~is_time & (texts.str.strip() != ""))
         if len(wrong):
             row = first_row + np.argmax(which == wrong[0])
             raise ValueError(
                 f"{source}: row {row} has the {name} '{texts[wrong[0]]}', "
-                "which is no number of seconds"
+                "which is no number of seconds from 0 on"
             )
         table[name] = seconds[which]
 
@@ -539,6 +551,7 @@ class EmbeddingWriter:
             f"{self.base}.partial.at.npy": (np.float64, (num_items,)),
         }
         self.needed, self.flaw, self.begun = 0, None, False
+        self.lock = contextlib.ExitStack()
         self.finished = self._check(f"{self.base}.json", self.settings)
         if os.path.exists(f"{self.base}_embeddings.npy") and not (
             self.finished or os.path.exists(f"{self.base}.json")
@@ -601,12 +614,16 @@ class EmbeddingWriter:
                 self.base,
                 self.flaw,
             )
+        record = f"{self.base}.partial.json"
+        if if_main_process():
+            self.lock.enter_context(alone(f"{self.base}.partial.lock"))
         if not self.begun and if_main_process():
-            self.remove_partial()
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(record)
             for path, (dtype, shape) in self.files.items():
                 np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
                 _take_space(path)
-            write_json({"settings": self.growing}, f"{self.base}.partial.json")
+            write_json({"settings": self.growing}, record)
         ddp_barrier()
         self.rows, self.fate, self.at = (np.load(p, "r+") for p in self.files)
 
@@ -711,6 +728,7 @@ class EmbeddingWriter:
         for kind in ("json", "rows.npy", "fate.npy", "at.npy"):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(f"{self.base}.partial.{kind}")
+        self.lock.close()
 
 
 def write_store(base, parts, manifest, settings, info, manifest_path=None):
@@ -942,6 +960,8 @@ def read_captions(path, flag):
         table = read_table(path, ["caption"])
     except ValueError as error:
         raise ValueError(f"--{flag}={error}") from error
+    if "wav_path" in table:
+        _read_times(table, f"--{flag}={path}")
     # As in training; a line end in a cell would not survive every reader.
     table["caption"] = [" ".join(c.split()) for c in table["caption"]]
     empty = table["caption"] == ""
@@ -955,7 +975,6 @@ def read_captions(path, flag):
     names = ["ID", "wav_path", "caption"]
     if "wav_path" in table:
         names += ["start", "end"]
-        _read_times(table, f"--{flag}={path}")
         # What is made of these may lie in another folder.
         folder = os.path.abspath(os.path.dirname(path) or ".")
         table["wav_path"] = [

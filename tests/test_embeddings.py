@@ -545,6 +545,9 @@ def test_items_that_nobody_embedded_are_not_forgotten(tmp_path):
     table = pd.DataFrame({"caption": list("abcd")})
     with pytest.raises(RuntimeError, match="1 items of .*the first .* 3, were"):
         half.finish(np.array([0, 1, 3, 4]), table, {})
+    with pytest.raises(OSError, match=r"x\.partial\.lock: another process"):
+        writer()
+    half.lock.close()  # as when its process ends
     rest, [pending] = writer()
     assert list(pending) == [0, 1, 2, 3, 4]
     rest.write([3], torch.ones(1, 2))
