@@ -31,6 +31,8 @@ FORMATS = {
     "float": dict(format="WAV", subtype="FLOAT"),
     "flac": dict(format="FLAC", subtype="PCM_16"),
     "ogg": dict(format="OGG", subtype="VORBIS"),
+    "opus": dict(format="OGG", subtype="OPUS"),
+    "aiff": dict(format="AIFF", subtype="PCM_16"),
     "mp3": dict(format="MP3"),
 }
 PERIODS = [
@@ -54,10 +56,11 @@ def whole(path, sample_rate):
 def test_formats(tmp_path, form, channels):
     if form == "mp3":
         channels = min(channels, 2)  # it has no more
-    path = write_noise(tmp_path / "a", 2.0, 44100, channels, **FORMATS[form])
-    expected = whole(path, 44100)
+    rate = 48000 if form == "opus" else 44100
+    path = write_noise(tmp_path / "a", 2.0, rate, channels, **FORMATS[form])
+    expected = whole(path, rate)
     with open_audio(path) as file:
-        samples = read_samples(file, 44100, 30011, 50021)
+        samples = read_samples(file, rate, 30011, 50021)
     # A seek in MP3 restarts the decoder, whose state fades.
     atol = 1e-4 if form == "mp3" else 0
     torch.testing.assert_close(

@@ -533,6 +533,26 @@ def test_nothing_that_can_be_read(embed, tmp_path):
     assert skipped["path"].str.contains("absent").tolist() == [True, True]
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_store_is_read_to_its_end_when_another_takes_its_place(
+    tmp_path, order
+):
+    first = np.random.default_rng(0).random((20, 4)).astype(np.float16)
+    second = np.zeros((3, 4), np.float16)
+    names = pd.DataFrame({"caption": [str(i) for i in range(20)]})
+    names.to_csv(tmp_path / "x.csv", index=False)
+    path = tmp_path / "x_embeddings.npy"
+    np.save(path, np.asarray(first, order=order))
+    found = open_embeddings(tmp_path, "x", "caption")
+    found.info = {}  # of this program: as it is
+    for replaced in (False, True):
+        if replaced:
+            np.save(tmp_path / "new.npy", second)
+            (tmp_path / "new.npy").replace(path)
+        np.testing.assert_array_equal(found[5:17], first[5:17])
+    np.testing.assert_array_equal(np.load(path), second)
+
+
 def test_items_that_nobody_embedded_are_not_forgotten(tmp_path):
     def writer():
         new = EmbeddingWriter(tmp_path, "x", "caption", 5, 2, {"weights": "a"})
@@ -553,6 +573,18 @@ def test_items_that_nobody_embedded_are_not_forgotten(tmp_path):
     rest.write([3], torch.ones(1, 2))
     rest.finish(np.array([0, 1, 3, 4]), table, {})
     assert len(open_embeddings(tmp_path, "x", "caption")) == 4
+
+
+def test_a_store_is_put_together_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("curation.embeddings._COPY_ROWS", 2)
+    writer = EmbeddingWriter(tmp_path, "x", "caption", 6, 3, {"weights": "a"})
+    writer.work(batched(range(6), 4), "item", noprogressbar=True)
+    vectors = torch.arange(18.0).view(6, 3)
+    writer.write(list(range(6)), vectors)
+    index = np.array([5, 0, 0, 3, 1])
+    writer.finish(index, pd.DataFrame({"caption": list("abcde")}), {})
+    store = open_embeddings(tmp_path, "x", "caption")
+    np.testing.assert_array_equal(store[:], vectors.numpy()[index])
 
 
 def test_embeddings_that_are_not_finite(tmp_path):
@@ -964,6 +996,16 @@ def test_hashes_of_texts_and_manifests():
         assert found == hashlib.sha256(lines).hexdigest()
 
 
+def test_hashes_of_many_texts_are_those_of_all(monkeypatch):
+    monkeypatch.setattr("curation.embeddings._ROWS_AT_ONCE", 2)
+    texts = ["rain", "", "caf\xe9", "a,b", "hum"]
+    marked = [f"{len(t.encode())}:{t}".encode() for t in texts]
+    expected = hashlib.sha256(b"".join(marked)).hexdigest()
+    assert text_hash(texts) == expected
+    table = pd.DataFrame({"caption": texts})
+    assert manifest_hash([table], "caption") == expected
+
+
 def test_stores_that_do_not_belong_together(embed):
     save = embed()
     manifest = save / "text_insper.csv"
@@ -1074,6 +1116,18 @@ def test_rows_of_other_programs_that_are_not_finite_are_named(tmp_path, value):
     message = rf"{tmp_path}/x_embeddings.npy: row 3 \(from 0\) is not finite"
     with pytest.raises(ValueError, match=message):
         store[2:5]
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [np.ones((4, 2)), np.ones((4, 2), np.int8), np.ones(4, np.float16)],
+)
+def test_arrays_that_are_no_embeddings(tmp_path, vectors):
+    np.save(tmp_path / "x_embeddings.npy", vectors)
+    (tmp_path / "x_files.txt").write_text("a.wav\n" * 4)
+    message = rf"{vectors.dtype} of shape \(4,.*\); embeddings are \(rows, d\)"
+    with pytest.raises(ValueError, match=message):
+        open_embeddings(tmp_path, "x", "wav_path")
 
 
 @pytest.mark.parametrize(
@@ -1211,8 +1265,8 @@ def test_pairs_of_captions_keep_their_audio(choose_captions, tmp_path):
 
 def test_times_of_captions_are_read_before_they_are_embedded(tmp_path):
     path = tmp_path / "x.csv"
-    path.write_text("caption,wav_path,start\nrain,a.wav,0:30\n")
-    message = f"^--text_pathfile={path}: row 2 has the start '0:30'"
+    path.write_text("caption,wav_path,start\n,a.wav,\nrain,a.wav,0:30\n")
+    message = f"^--text_pathfile={path}: row 3 has the start '0:30'"
     with pytest.raises(ValueError, match=message):
         read_captions(path, "text_pathfile")
     # Without audio they mean nothing.

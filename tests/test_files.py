@@ -1,5 +1,8 @@
 """CSV files and lists: what is written is read, what is wrong is named."""
 
+import errno
+import fcntl
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -95,6 +98,18 @@ def test_a_table_in_pieces_is_the_table(tmp_path, monkeypatch, columns):
     assert piece.empty and piece.columns.tolist() == ["caption", "ID"]
 
 
+@pytest.mark.parametrize("size", range(20, 33))
+def test_blocks_may_end_within_a_cell_of_many_lines(
+    tmp_path, monkeypatch, size
+):
+    captions = ["a\nb", "c", "\n\n\n", "d\re"] * 9
+    frame = pd.DataFrame({"caption": captions, "ID": "1"})
+    write_csv(frame, tmp_path / "a.csv")
+    monkeypatch.setattr("files._BLOCK_BYTES", size)
+    table = read_table(tmp_path / "a.csv")
+    assert table["caption"].tolist() == captions
+
+
 @pytest.mark.parametrize("folder", ["~", "file:"])
 def test_a_path_is_a_path(tmp_path, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
@@ -163,3 +178,33 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     # What goes wrong elsewhere keeps its own message.
     with pytest.raises(FileNotFoundError), written_whole(path):
         (tmp_path / "absent").read_text()
+
+
+def test_a_file_that_another_process_just_finished_is_left_alone(
+    tmp_path, monkeypatch
+):
+    """It takes its place between this one's opening and locking of it."""
+    path, lock = tmp_path / "a", fcntl.flock
+
+    def late(*args):
+        monkeypatch.setattr(fcntl, "flock", lock)
+        (tmp_path / "a.partial").replace(tmp_path / "theirs")
+        (tmp_path / "theirs").write_text("theirs")
+        lock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with written_whole(path) as file:
+        file.write(b"ours")
+    assert path.read_text() == "ours"
+    assert (tmp_path / "theirs").read_text() == "theirs"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_files_are_written_on_disks_without_locks(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    write_csv(pd.DataFrame({"a": [1]}), tmp_path / "a.csv")
+    assert (tmp_path / "a.csv").read_text() == "a\n1\n"
+    assert len(list(tmp_path.iterdir())) == 1

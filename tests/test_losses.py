@@ -54,6 +54,18 @@ def test_identical_embeddings_have_the_uniform_loss():
     assert loss.item() == pytest.approx(torch.tensor(4.0).log().item())
 
 
+def test_the_loss_is_in_fp32_also_under_autocast():
+    sides = [embeddings(6, seed) for seed in (0, 1, 0, 1)]
+    ids, scale = torch.arange(6), torch.tensor(100.0)
+    targets = contrastive_targets(ids, ids, ids, ids)
+    expected = contrastive_loss(*sides, scale, targets, targets).item()
+    sides = [side.float() for side in sides]
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = contrastive_loss(*sides, scale, targets, targets)
+        assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_gradients():
     ids = torch.tensor([0, 0, 1])
     targets = contrastive_targets(ids, ids, ids, ids).double()

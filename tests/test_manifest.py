@@ -44,3 +44,29 @@ def test_a_part_that_ends_before_it_starts(tmp_path):
     message = f"^--curation_csv={path}: row 4 has the end 1.5, before its start"
     with pytest.raises(ValueError, match=message):
         read(path, "start,end", "2,", "2,2", "2,1.5")
+
+
+def test_pairs_of_nothing_are_named(tmp_path):
+    path = tmp_path / "a.csv"
+    for rows, message in (
+        ("", " has no rows$"),
+        ("a.wav,rain\n ,hail\n,wind\n", ": row 3 has no wav_path$"),
+    ):
+        path.write_text(f"wav_path,caption\n{rows}")
+        with pytest.raises(
+            ValueError, match=f"^--curation_csv={path}{message}"
+        ):
+            read_pairs(str(path), "curation_csv")
+
+
+def test_a_recording_has_one_path_however_it_is_spelt(tmp_path):
+    rows = ["caption,more,wav_path", "x,1,b/../a.wav", "y,2,./a.wav"]
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join([*rows, f"z,3,{tmp_path}//a.wav"]))
+    for folder in (tmp_path, tmp_path / "elsewhere"):
+        given = None if folder == tmp_path else str(folder)
+        pairs = read_pairs(str(path), audio_folder=given)
+        assert list(pairs) == ["ID", "wav_path", "caption", "more"]
+        assert pairs["ID"].tolist() == ["0", "1", "2"]
+        expected = [f"{folder}/a.wav"] * 2 + [f"{tmp_path}/a.wav"]
+        assert pairs["wav_path"].tolist() == expected

@@ -91,3 +91,13 @@ def test_impossible_settings():
         MixedBatchSampler(num_pairs=10, batch_size=5, curation_prob=0.1)
     with pytest.raises(ValueError, match="from 0 to 1"):
         MixedBatchSampler(num_pairs=10, batch_size=5, curation_prob=1.5)
+
+
+def test_a_set_may_be_a_single_batch():
+    sizes = dict(num_pairs=4, num_curated=4, batch_size=2, world_size=2)
+    for prob, rows in ((0, range(4)), (1, range(4, 8))):
+        shares = [
+            epochs(1, curation_prob=prob, rank=rank, **sizes) for rank in (0, 1)
+        ]
+        [[first]], [[second]] = shares
+        assert sorted(first + second) == list(rows)

@@ -273,6 +273,14 @@ def test_a_single_fold_is_a_list_of_one(tut):
         data.of_folds("a", "folds")
 
 
+def test_no_folds_are_refused(esc):
+    data = prepare_zeroshot("esc", str(esc))
+    with pytest.raises(
+        ValueError, match=r"^--zs_valid_folds=\[\]: .* 1, 2, 5$"
+    ):
+        data.of_folds([], "zs_valid_folds")
+
+
 def test_tut_meta_is_preferred_to_evaluate(tut):
     evaluation = tut / "TUT-acoustic-scenes-2017-evaluation"
     put(evaluation / "meta.txt", "audio/a1.wav\tbus\tx\n")

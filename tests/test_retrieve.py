@@ -13,9 +13,11 @@ from matplotlib.figure import Figure
 
 import retrieve_from_emb_thresh as script
 from curation import fastest, similarity
+from curation.embeddings import Manifest
 from curation.report import make_report, report_figure
 from curation.tally import EDGES, Tally
 from dataset.manifest import read_pairs
+from files import alone
 
 CURATION = ROOT / "hparams" / "curation"
 DU = "audioset_insper_duv2"
@@ -534,6 +536,33 @@ script.pairs_over = noted
     assert json.loads((folder / f"{DU}_report.json").read_text()) == report
     assert (folder / f"{DU}_report.png").exists()
     assert not list(folder.glob("*partial*"))
+
+
+@pytest.mark.parametrize(
+    ("repeated", "expected"),
+    [([], False), ([0, 1], True), ([4, 5], True), ([5, 9], False)],
+)
+def test_windows_are_neighbours_of_one_file(
+    tmp_path, monkeypatch, repeated, expected
+):
+    """Also where batches of the manifest meet, here after five rows."""
+    monkeypatch.setattr("curation.embeddings._ROWS_AT_ONCE", 5)
+    paths = [f"{'x' if i in repeated else i}.wav" for i in range(10)]
+    manifest = Manifest([pd.DataFrame({"wav_path": paths})], tmp_path)
+    assert script.has_windows(manifest) == expected
+
+
+def test_a_second_search_of_several_processes_is_refused(run, folder):
+    """Both would take each other's pairs."""
+    command = [f"{CURATION}/audioset_insper_duv2_retr.yaml"]
+    command += [f"--emb_dir={folder}", "--dry_run=True"]
+    with (
+        alone(folder / f"{DU}_search.lock"),
+        pytest.raises(AssertionError, match=r"_search\.lock: another process"),
+    ):
+        torchrun("retrieve_from_emb_thresh.py", command)
+    torchrun("retrieve_from_emb_thresh.py", command)
+    assert not (folder / f"{DU}_search.lock").exists()
 
 
 def test_max_pairs_with_torchrun_leaves_nothing(run, folder):

@@ -696,6 +696,19 @@ def test_bf16_numbers_are_spread_evenly():
     assert np.abs(found[middle] - exact).max() < 60
 
 
+def test_every_bf16_number_is_counted_by_its_bits():
+    bits = torch.randint(-(2**15), 2**15, (40, 30), dtype=torch.int16)
+    numbers = bits.view(torch.bfloat16)
+    bits[numbers.isnan()] = 0
+    seen = tally.Seen(np.full(40, -np.inf, np.float32))
+    for begin in (0, 10, 20):
+        part = numbers[:, begin : begin + 10].contiguous()
+        seen.add(part, 1.0, begin, products.Scratch())
+    unsigned = bits.numpy().view(np.uint16).ravel()
+    expected = np.bincount(unsigned, minlength=2**16)
+    np.testing.assert_array_equal(seen.bits, expected)
+
+
 def test_a_similarity_at_an_edge_reaches_it():
     tally = Tally(1)
     tally.start(0.5)

@@ -27,6 +27,7 @@ import experiment
 import microsoft_clap_train
 import microsoft_zeroshot
 from dataset.audio import AudioReader
+from dataset.mixing import MixedBatchSampler
 from dataset.pipelines import PairCollator, PairDataset
 from dataset.text import CaptionTokenizer
 from files import write_csv
@@ -744,6 +745,28 @@ def test_figures_are_those_of_all_processes(flags, tmp_path):
     assert figures["train_unreadable"] == len(everyone)
     log = (tmp_path / "run" / "log.txt").read_text()
     assert all(f"Skipping {path}" in log for path in everyone)
+
+
+def test_clips_are_those_of_all_processes_since_the_start(monkeypatch):
+    """Of an epoch that goes on at its third step: two, of eight pairs."""
+    brain = types.SimpleNamespace(
+        step=3,
+        unreadable={"a.wav": "is missing"},
+        train_sampler=MixedBatchSampler(40, 4, world_size=2),
+    )
+    clock = iter([10.0, 14.0])
+    monkeypatch.setattr(
+        microsoft_clap_train.time, "perf_counter", clock.__next__
+    )
+    CLAPBrain.on_stage_start(brain, sb.Stage.TRAIN, 2)
+    brain.step = 5
+    CLAPBrain.on_stage_end(brain, sb.Stage.TRAIN, 0.5, 2)
+    assert brain.train_stats == {
+        "loss": 0.5,
+        "clips_per_second": 4.0,
+        "data_points": 80,
+        "unreadable": 1,
+    }
 
 
 def test_torchrun_trains_as_one(flags, tmp_path):

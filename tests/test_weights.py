@@ -1,5 +1,6 @@
 """Files of exactly the published forms load, and nothing else does."""
 
+import hashlib
 import math
 import zipfile
 
@@ -19,6 +20,7 @@ from models.weights import (
     find_checkpoint,
     load_weights,
     read_state,
+    state_hash,
 )
 
 WIDTH = 2
@@ -289,6 +291,24 @@ def test_filterbank_of_the_file_wins_unless_recomputed(clap, pann_file):
     assert not torch.equal(expected, own)
 
 
+def test_a_filterbank_of_another_rate_is_told(clap, pann_file, caplog):
+    load_weights(clap, pann_ckpt_path=str(pann_file))
+    torch.save({"model": pann_state(sample_rate=16000)}, pann_file)
+    load_weights(clap, pann_ckpt_path=str(pann_file), recompute_mel=True)
+    assert "filterbank" not in caplog.text
+    load_weights(clap, pann_ckpt_path=str(pann_file))
+    assert "which is kept, is not the one for 32000 Hz" in caplog.text
+
+
+def test_the_hash_of_parameters():
+    """If it changed, stores would be taken for those of other weights."""
+    turned = torch.tensor([[1.5, 2.0], [3.0, 4.0]]).T
+    state = {"b": torch.tensor(7), "a": turned, "c": turned.half()[:0]}
+    content = b"a" + np.float32([1.5, 3, 2, 4]).tobytes()
+    content += b"b" + np.int64(7).tobytes() + b"c"
+    assert state_hash(state) == hashlib.sha256(content).hexdigest()
+
+
 def test_later_sources_win(clap, pann_file, tmp_path):
     state = microsoft_state(clap)
     name = "audio_encoder.base.fc1.weight"
@@ -406,6 +426,15 @@ def test_absent_or_empty_folders_raise(tmp_path):
     assert not (tmp_path / "typo").exists()
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         find_checkpoint(tmp_path)
+
+
+def test_a_choice_of_no_checkpoint_is_refused(clap, tmp_path):
+    with pytest.raises(ValueError, match="=latest chooses a checkpoint of --"):
+        load_weights(clap, ssl_checkpointer="latest")
+    [path] = save_checkpoints(tmp_path, [{"loss": 1.0}])
+    (path / "clap.ckpt").rename(path / "other.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"\+.* holds no clap\.ckpt"):
+        load_weights(clap, ssl_checkpoints_dir=tmp_path)
 
 
 def test_a_checkpoint_killed_while_saving_is_none(tmp_path):
