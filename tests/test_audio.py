@@ -212,7 +212,10 @@ def test_short_clips_are_repeated_or_padded(tmp_path):
     assert torch.equal(repeated, samples.repeat(4)[:16000])
     padded, _ = AudioReader(16000, 1.0, "zero").crop(path)
     assert torch.equal(padded[:4800], samples)
+    assert padded.shape == repeated.shape == (16000,)
     assert padded[4800:].abs().max() == 0
+    whole_window, _ = AudioReader(16000, 0.3, "zero").crop(path)
+    assert torch.equal(whole_window, samples)
     with pytest.raises(ValueError, match="repeat"):
         AudioReader(16000, 1.0, "mirror")
 

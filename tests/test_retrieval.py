@@ -52,3 +52,13 @@ def test_equal_embeddings_find_nothing():
     # Ten clips, eleven captions.
     assert figures["t2a_recall@5"] == figures["a2t_recall@5"] == 0
     assert figures["a2t_recall@10"] == pytest.approx(3 / 10)
+
+
+def test_answers_near_each_other_are_told_apart_also_under_autocast():
+    """Their similarities differ by less than a step of bf16."""
+    angles, ids = 0.02 * torch.arange(13), torch.arange(13)
+    same = torch.stack([angles.cos(), angles.sin()], dim=1)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            figures = retrieval.recalls(same, same, ids, ids)
+        assert set(figures.values()) == {1}
