@@ -78,6 +78,9 @@ _PLACES += ("curation_csv", "data_curation_folder")
 # The end of a start time that is a whole number, written as a float.
 WHOLE_AS_FLOAT = re.compile(r"(?<=\d)\.0+$")
 
+# How files of AudioSet are named by their ids; perhaps with times behind.
+YOUTUBE_NAMES = (r"^([\w-]{11})(?:_.*)?$", r"^Y([\w-]{11})(?:_.*)?$")
+
 # What stands in YAML for no text; the last is Python's.
 NO_SENTENCE = ("null", "Null", "NULL", "~", "None")
 
@@ -214,6 +217,7 @@ def prepare_captions(
     _check_audio(seconds, failed, max_bad_audio, skipped_csv)
 
     _mark_failed(pairs, failed)
+    _check_datasets(pairs, skipped_csv)
     pairs["duration"] = pairs["wav_path"].map(seconds)
     _check_times(pairs, "train_csv_path", max_bad_audio)
     used = _manifest(pairs)
@@ -221,8 +225,8 @@ def prepare_captions(
     if valid.empty:
         raise ValueError(
             "The validation set is empty: of all recordings, only "
-            f"{used['wav_path'].iloc[0]} can be used. Add others, or give "
-            "--overfit_size to validate on the pairs that are trained on."
+            f"{used['wav_path'].iloc[0]} can be used. Add others, or train "
+            "with --overfit_size to validate on the same pairs."
         )
     write_csv(train, train_csv)
     write_csv(valid, valid_csv)
@@ -286,7 +290,8 @@ def _hashes(pairs, curated):
 
     They are apart, since pairs are the same whatever becomes of their audio.
     """
-    tables = dict(tuple(pairs.groupby("dataset")))
+    listed = pairs.drop(columns="youtube_id", errors="ignore")
+    tables = dict(tuple(listed.groupby("dataset")))
     if curated is not None:
         tables["curation_csv"] = curated
     paths = pd.concat([table["wav_path"] for table in tables.values()])
@@ -454,7 +459,7 @@ class _Found:
             The annotation file, to choose among equal names.
         folder : str
             Name of the folder where the layout has the file. Without one, it
-            may be in any that is not of another data set.
+            may be in any; never is it one of another data set.
 
         Returns
         -------
@@ -464,9 +469,9 @@ class _Found:
         """
 
         def fits(path):
-            if folder is None:
-                return not path.startswith(self.foreign[near])
-            return os.path.basename(os.path.dirname(path)) == folder
+            above = os.path.basename(os.path.dirname(path))
+            is_foreign = path.startswith(self.foreign[near])
+            return folder in (None, above) and not is_foreign
 
         for audio in (self.audio, self.unread):
             for stem in stems:
@@ -556,7 +561,7 @@ def _recognise(folder, name):
         return "macs"
     if name.endswith("_index.tsv"):
         return name.removesuffix(".tsv")
-    if not name.endswith(".csv"):
+    if not name.lower().endswith(".csv"):
         return None
     header = _peek_header(os.path.join(folder, name))
     if "audiocap_id" in header:
@@ -589,8 +594,8 @@ def _collect(data_annot_folder, train_csv_path, official_test_splits):
     -------
     pandas.DataFrame
         `wav_path` (absolute, or the bare name looked for in vain), `caption`
-        with single blanks, `dataset`, `held_out`, and perhaps `start` and
-        `end`.
+        with single blanks, `dataset`, `held_out`, and perhaps `youtube_id`,
+        `start` and `end`.
     """
     frames = []
     if data_annot_folder:
@@ -649,15 +654,26 @@ def _is_test_split(dataset, path):
 
 
 def _audiocaps(path, found):
-    """Pairs of an AudioCaps CSV."""
-    pairs = []
-    for _, video, start, caption in _read_cells(path, AUDIOCAPS_COLUMNS):
+    """Pairs of an AudioCaps CSV, with the YouTube id of each."""
+    split = os.path.splitext(os.path.basename(path))[0]
+    rows = list(_read_cells(path, AUDIOCAPS_COLUMNS))
+    paths = {}
+    for number, video, start, _ in rows:
         clip = f"{video}_{start}"
         # pandas makes 30.0 of 30 where another start is missing.
         names = dict.fromkeys((clip, WHOLE_AS_FLOAT.sub("", clip), video))
         stems = [prefix + name for name in names for prefix in ("", "Y")]
-        pairs.append((found.locate(stems, path) or clip, caption))
-    return _pairs_frame(pairs)
+        # audiocaps-download has a file for each caption of a clip.
+        paths[clip] = (
+            paths.get(clip)
+            or found.locate(stems, path)
+            or found.locate((number,), path, split)
+        )
+    pairs = [
+        (paths[f"{video}_{start}"] or f"{video}_{start}", caption)
+        for _, video, start, caption in rows
+    ]
+    return _pairs_frame(pairs).assign(youtube_id=[row[1] for row in rows])
 
 
 def _clotho(path, found):
@@ -884,6 +900,17 @@ def _check_audio(seconds, failed, max_bad_audio, skipped_csv):
         )
 
 
+def _check_datasets(pairs, skipped_csv):
+    """Raise if there is none of the audio that a data set would have."""
+    for dataset, fates in pairs.groupby("dataset", sort=False)["fate"]:
+        if (fates == "missing").any() and "used" not in fates.values:
+            raise ValueError(
+                f"All audio of {dataset} is missing or unreadable: see "
+                f"{skipped_csv}. Put it beside the annotations, or these "
+                "elsewhere to train without them"
+            )
+
+
 def _check_times(pairs, flag, max_bad_audio):
     """Raise if too many pairs start where their audio has ended; warn of few.
 
@@ -1020,9 +1047,9 @@ def _left_to_train_on(curated, pairs, valid):
         These pairs, and counts of those whose recordings are validated on, or
         held out with a test split.
     """
-    real = _real(curated["wav_path"])
-    validated = real.isin(_real(valid["wav_path"]))
-    held_out = real.isin(_real(pairs["wav_path"][pairs["held_out"]]))
+    is_valid = pairs["wav_path"].isin(valid["wav_path"])
+    validated = _are_among(curated["wav_path"], pairs[is_valid])
+    held_out = _are_among(curated["wav_path"], pairs[pairs["held_out"]])
     held_out &= ~validated
     counts = {
         "validated": int(validated.sum()),
@@ -1037,6 +1064,26 @@ def _left_to_train_on(curated, pairs, valid):
             "split that is held out, and the others have no audio or no caption"
         )
     return kept, counts
+
+
+def _are_among(paths, pairs):
+    """Whether files are recordings of these pairs, under whatever name.
+
+    AudioCaps' are AudioSet's, whose files are named by their YouTube ids.
+
+    Returns
+    -------
+    array of bool
+    """
+    which, paths = pd.factorize(paths)
+    paths = pd.Series(paths)
+    among = _real(paths).isin(_real(pairs["wav_path"]))
+    if "youtube_id" in pairs:
+        stems = paths.map(lambda path: os.path.basename(path).split(".")[0])
+        ids = pairs["youtube_id"].dropna()
+        for name in YOUTUBE_NAMES:
+            among |= stems.str.extract(name)[0].isin(ids)
+    return among.to_numpy()[which]
 
 
 # ---- Counts ---------------------------------------------------------------
@@ -1128,11 +1175,18 @@ def main(argv):
         action="store_true",
         help="as training with --official_test_splits=False",
     )
+    parser.add_argument(
+        "--max_bad_audio",
+        type=float,
+        default=0.05,
+        help="stop when more than this fraction is unreadable",
+    )
     args = parser.parse_args(argv)
     prepare_captions(
         args.save_folder,
         args.data_annot_folder,
         official_test_splits=not args.leave_test_splits_out,
+        max_bad_audio=args.max_bad_audio,
     )
 
 

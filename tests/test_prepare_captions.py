@@ -123,6 +123,38 @@ def test_audiocaps_any_csv_name_and_every_audio_name(data, save):
     }
 
 
+def test_audiocaps_named_by_captions_is_one_clip_each(data, save):
+    """As audiocaps-download has it: a file for each caption."""
+    spare(data)
+    rows = ["11,aaaaaaaaaaa,30,one", "12,aaaaaaaaaaa,30,two"]
+    rows += ["13,bbbbbbbbbbb,0,three", "14,bbbbbbbbbbb,0,four"]
+    text(data / "ac/val.csv", HEADER + "\n".join([*rows, "15,c,0,gone"]))
+    for number in (11, 12, 14):
+        wav(data / f"ac/val/{number}.wav")
+    # Of other lists: numbers are no names that tell whose a file is.
+    wav(data / "ac/elsewhere/13.wav")
+    text(data / "own/own_index.tsv", "val/15.wav\tmine\n")
+    own = wav(data / "own/val/15.wav")
+    counts = prepare_captions(save, data)
+    a, b = (str(data / f"ac/val/{number}.wav") for number in (11, 14))
+    assert pairs(save) == sorted(
+        [
+            *(("audiocaps", a, caption) for caption in ("one", "two")),
+            *(("audiocaps", b, caption) for caption in ("three", "four")),
+            ("own_index", own, "mine"),
+        ]
+    )
+    assert counts["datasets"]["audiocaps"]["missing"] == 1
+
+
+def test_a_data_set_without_its_audio_is_told(data, save):
+    spare(data)
+    text(data / "ac/Train.CSV", HEADER + "1,aaaaaaaaaaa,30,x\n")
+    with pytest.raises(ValueError, match="^All audio of audiocaps is missing"):
+        prepare_captions(save, data)
+    assert skipped(save) == {"aaaaaaaaaaa_30": "missing"}
+
+
 def test_audiocaps_as_a_spreadsheet_writes_it(data, save):
     spare(data)
     header = '\ufeff"audiocap_id","youtube_id","start_time","caption"\r\n'
@@ -1215,6 +1247,56 @@ def test_curated_pairs_whose_audio_is_gone(tmp_path, save):
     with pytest.raises(ValueError, match=r"2 of 2 .*--data_curation_folder"):
         prepare_captions(save, train_csv_path=ready, curation_csv=path)
     assert not (save / "prepare.json").exists()
+
+
+def test_curated_clips_of_held_out_videos_are_left_out(data, save, tmp_path):
+    """AudioSet has the recordings of AudioCaps under names of its own."""
+    spare(data)
+    videos = ["aaaaaaaaaaa", "bb_bb-bbbb_", "Yccccccccc_"]
+    rows = [f"{i},{video},30,x {i}" for i, video in enumerate(videos)]
+    text(data / "ac/test.csv", HEADER + "\n".join(rows))
+    text(data / "ac/train.csv", HEADER + "9,eeeeeeeeeee,0,y")
+    for video in (*videos, "eeeeeeeeeee"):
+        wav(data / f"ac/{video}_30.wav")
+        wav(data / f"ac/{video}_0.wav")
+    held_out = ["aaaaaaaaaaa", "Ybb_bb-bbbb_", "Yccccccccc__30000_40000"]
+    kept = ["Ycccccccccc", "aaaaaaaaaaab", "Zaaaaaaaaaaa", "bb_bb-bbbb"]
+    for name in (*held_out, *kept):
+        wav(tmp_path / f"as/{name}.wav")
+    names = [f"{name}.wav" for name in held_out + kept]
+    counts = prepare_captions(
+        save,
+        data,
+        curation_csv=curation_csv(tmp_path / "as", names),
+        official_test_splits=False,
+    )
+    curated = read(save / "curated_raw.csv")["wav_path"]
+    assert [Path(path).stem for path in curated] == kept
+    assert counts["curated"]["held_out"] == 3
+
+
+def test_curated_clips_of_validated_videos_are_left_out(data, save, tmp_path):
+    videos = [11 * letter for letter in "abcdefgh"]
+    rows = [f"{i},{video},30,x {i}" for i, video in enumerate(videos)]
+    text(data / "ac/train.csv", HEADER + "\n".join(rows))
+    for video in videos:
+        wav(data / f"ac/{video}_30.wav")
+        wav(tmp_path / f"as/Y{video}.wav")
+    prepare_captions(
+        save,
+        data,
+        curation_csv=curation_csv(
+            tmp_path / "as", [f"Y{video}.wav" for video in videos]
+        ),
+        valid_pct=0.25,
+    )
+    lists = [read(save / f"{name}_raw.csv") for name in ("train", "curated")]
+    trained_on, curated = (
+        {re.sub("Y|_30", "", Path(path).stem) for path in table["wav_path"]}
+        for table in lists
+    )
+    assert len(trained_on) == 6
+    assert curated == trained_on
 
 
 def test_lists_alone_by_the_command_line(data, save, tmp_path):
