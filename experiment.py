@@ -117,14 +117,25 @@ def start(argv, needs, keeps_memory=True):
     same_command = name_output_folder(hparams_file, overrides)
     _check_folder(overrides.get("output_folder"), needs)
     _quote_texts(overrides)
-    with open(hparams_file, encoding="utf-8") as file:
-        hparams = load_hyperpyyaml(
-            file,
-            # A copy, in which the references of added keys are resolved.
-            copy.deepcopy(overrides),
-            # Keys are checked by now, and files may add some.
-            overrides_must_match=False,
-        )
+    try:
+        with open(hparams_file, encoding="utf-8") as file:
+            hparams = load_hyperpyyaml(
+                file,
+                # A copy, in which the references of added keys are resolved.
+                copy.deepcopy(overrides),
+                # Keys are checked by now, and files may add some.
+                overrides_must_match=False,
+            )
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # One of transformers, which has no number.
+        text_model = _top_level(hparams_file, overrides)["text_model"]
+        raise SystemExit(
+            f"--text_model={text_model} cannot be had. Give that of the "
+            "model's training: a folder, or a name on the hub where there is a "
+            f"network ({error})"
+        ) from error
     if run_opts.pop("compile", False):
         compile_networks(hparams, run_opts.pop("compile_mode", None))
     folder = hparams["output_folder"]

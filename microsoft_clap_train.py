@@ -13,6 +13,7 @@ encoders (arXiv 2206.04769).
 """
 
 import hashlib
+import importlib
 import json
 import logging
 import math
@@ -195,6 +196,17 @@ class CLAPBrain(sb.Brain):
                 self.hparams.output_folder,
                 epochs,
             )
+        elif self.hparams.lr_schedule == "cosine" and self.optimizer_step:
+            before, now = self.optimizer.param_groups[0]["lr"], self.cosine_lr()
+            past_warm_up = self.optimizer_step > self.hparams.warmup_steps
+            if past_warm_up and now > 1.01 * before:
+                logger.warning(
+                    "The cosine is now that of %d epochs: the learning rate "
+                    "goes from %.3g back to %.3g",
+                    self.hparams.number_of_epochs,
+                    before,
+                    now,
+                )
 
     def on_fit_batch_start(self, batch, should_step):
         """Seed this step's dropout, and set its learning rate."""
@@ -457,6 +469,10 @@ def train(brain):
             "curation_csv": hparams.curation_csv,
             "data_curation_folder": hparams.data_curation_folder,
         }
+    zeroshot = None
+    if hparams.use_zs_loader:
+        zeroshot = hparams.prepare_zeroshot()
+        zeroshot = zeroshot.of_folds(hparams.zs_valid_folds, "zs_valid_folds")
     run_on_main(hparams.prepare_captions, kwargs=curated)
     names = ["train_raw", *(["curated_raw"] if curated else []), "valid_raw"]
     manifests = [
@@ -472,12 +488,11 @@ def train(brain):
         "unreadable", brain.unreadable, optional_load=True
     )
     brain.num_clips = pd.concat(manifests)["wav_path"].nunique()
-    brain.zeroshot_set = (
-        make_zeroshot_set(brain, manifests[:-1])
-        if hparams.use_zs_loader
-        else None
-    )
-    brain.loggers = make_loggers(hparams)
+    brain.zeroshot_set = None
+    if zeroshot is not None:
+        brain.zeroshot_set = make_zeroshot_set(brain, zeroshot, manifests[:-1])
+    # With --debug, an epoch is a few batches: no figures of a run.
+    brain.loggers = [] if brain.debug else make_loggers(hparams)
     brain.fit(
         hparams.epoch_counter,
         train_loader,
@@ -487,8 +502,12 @@ def train(brain):
         logger.warning("%d audio files were skipped", len(brain.unreadable))
     # With --debug, a temporary folder; with --test_only, perhaps nothing.
     if brain.checkpointer.find_checkpoint() is not None:
-        folder = brain.checkpointer.checkpoints_dir
-        logger.info("The best checkpoint is %s", find_checkpoint(folder))
+        logger.info(
+            "The best checkpoint, by validation %s, is %s; later commands take "
+            "the last one with --ssl_checkpointer=latest",
+            "loss" if zeroshot is None else "accuracy",
+            find_checkpoint(brain.checkpointer.checkpoints_dir),
+        )
 
 
 def record_settings(brain, names, is_new):
@@ -558,6 +577,15 @@ def check_flags(hparams):
     experiment.check_numbers(vars(hparams), ["final_lr"], 0, hparams.base_lr)
     fractions = ["curation_prob", "max_bad_audio"]
     experiment.check_numbers(vars(hparams), fractions, 0, 1)
+    check_optimizer(hparams)
+    for package in ("tensorboard", "wandb"):
+        if getattr(hparams, f"use_{package}"):
+            try:
+                importlib.import_module(package)
+            except ImportError as error:
+                raise SystemExit(
+                    f"--use_{package} needs that package: pip install {package}"
+                ) from error
     # A negative one would turn gradients round.
     if not hparams.max_grad_norm > 0:
         raise SystemExit(
@@ -573,6 +601,27 @@ def check_flags(hparams):
             raise SystemExit(f"--{switch}={on} needs --{data}")
         if path and not on:
             logger.warning("--%s is not used while --%s=%s", data, switch, on)
+
+
+def check_optimizer(hparams):
+    """Stop if an optimizer or a plateau scheduler cannot be made so."""
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    try:
+        optimizer = hparams.opt_class(weights)
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"--opt_class: {error}") from error
+    if optimizer.defaults["lr"] != hparams.base_lr:
+        raise SystemExit(
+            "--opt_class: give the learning rate as --base_lr, which schedules "
+            "begin with"
+        )
+    plateau = {
+        f"lr_plateau={{{name}}}": value
+        for name, value in vars(hparams.lr_plateau).items()
+    }
+    counts = ["lr_plateau={patience}", "lr_plateau={dont_halve_until_epoch}"]
+    experiment.check_numbers(plateau, counts, 0, whole=True)
+    experiment.check_numbers(plateau, ["lr_plateau={factor}"], 0, 1)
 
 
 def rank_and_world_size():
@@ -628,6 +677,19 @@ def make_train_loader(brain, manifests):
             "that make a step: give a smaller one, or a smaller batch_size"
         )
     total = steps * hparams.number_of_epochs
+    logger.info(
+        "%d epochs of %d steps of %d pairs: %d steps",
+        hparams.number_of_epochs,
+        steps,
+        sampler.global_batch_size * hparams.grad_accumulation_factor,
+        total,
+    )
+    if hparams.curation_prob:
+        logger.info(
+            "%g of the batches are curated, of %d pairs",
+            hparams.curation_prob,
+            sizes[1],
+        )
     if hparams.lr_schedule == "cosine" and hparams.warmup_steps >= total:
         logger.warning(
             "The run has %d steps, which --warmup_steps=%d takes all: the "
@@ -686,12 +748,14 @@ def make_valid_loader(brain, manifest):
     )
 
 
-def make_zeroshot_set(brain, manifests):
+def make_zeroshot_set(brain, data, manifests):
     """The validation folds of the zero-shot data set.
 
     Arguments
     ---------
     brain : CLAPBrain
+    data : dataset.prepare_zeroshot.ZeroShotData
+        These folds.
     manifests : list of pandas.DataFrame
         What is trained on, to warn if it has the same recordings.
 
@@ -701,10 +765,7 @@ def make_zeroshot_set(brain, manifests):
         Loader of `dataset.pipelines.WindowBatch`es, (clips,) indices of the
         true classes, and the names of the classes.
     """
-    hparams = brain.hparams
-    data = hparams.prepare_zeroshot()
-    data = data.of_folds(hparams.zs_valid_folds, "zs_valid_folds")
-    paths = data.clips["wav_path"]
+    hparams, paths = brain.hparams, data.clips["wav_path"]
     # Before an epoch of training, rather than after it.
     _, unreadable = probe_audio(paths, hides_bar=not if_main_process())
     brain.note_unreadable(unreadable, brain.zeroshot_unreadable, len(paths))

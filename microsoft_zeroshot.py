@@ -234,8 +234,10 @@ def confusion_figure(truth, guesses, names, accuracy):
     axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     named = range(0, count, -(-count // shown))
-    axes.set_xticks(named, names[:: named.step], rotation=90)
-    axes.set_yticks(named, names[:: named.step])
+    # Between two "$" matplotlib would look for formulas.
+    some = {"labels": names[:: named.step], "parse_math": False}
+    axes.set_xticks(named, **some, rotation=90)
+    axes.set_yticks(named, **some)
     axes.tick_params(labelsize=8)
     for row, column in zip(*matrix.nonzero()) if shown == count else ():
         axes.text(

@@ -127,12 +127,13 @@ def check_teacher(hparams):
         It names the flag.
     """
     experiment.check_numbers(hparams, ["softclap_beta"], 0, 1)
+    experiment.check_numbers(hparams, ["softclap_tau"], 0)
     if not hparams["softclap_tau"] > 0:
         raise SystemExit(
             f"--softclap_tau={hparams['softclap_tau']}: give a number over 0"
         )
     if (
-        hparams["teacher_checkpointer"]
+        hparams["teacher_checkpointer"] is not None
         and not hparams["teacher_checkpoints_dir"]
     ):
         raise SystemExit(

@@ -233,7 +233,8 @@ def _read_esc(data_folder, esc10):
     listed = _listed(meta_path, 2, paths, meta["category"], meta["fold"])
     # Other data sets in this layout may have a folder for each class.
     listed["ID"] = [os.path.splitext(name)[0] for name in meta["filename"]]
-    return listed[meta["esc10"] == "True"] if esc10 else listed
+    # Spreadsheets have it in capitals.
+    return listed[meta["esc10"].str.lower() == "true"] if esc10 else listed
 
 
 def _read_us8k(data_folder):

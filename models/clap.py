@@ -105,6 +105,19 @@ def _first_token(module, inputs):
     return tuple(x[:, :1] for x in inputs)
 
 
+def _check_sizes(**sizes):
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value}: give a whole number from 1 on")
+
+
+def _check_numbers(**numbers):
+    for name, value in numbers.items():
+        is_number = isinstance(value, int | float)
+        if isinstance(value, bool) or not (is_number and 0 <= value < math.inf):
+            raise ValueError(f"{name}={value}: give a number from 0 on")
+
+
 class CLAP(nn.Module):
     """Contrastive language-audio model, of parameters in fp32.
 
@@ -139,7 +152,8 @@ class CLAP(nn.Module):
     Raises
     ------
     ValueError
-        `duration` is too short for the network, or a switch is no bool.
+        `duration` is too short for the network, a switch is no bool, a size no
+        whole number, or a frequency none that the sample rate has.
     """
 
     def __init__(
@@ -169,6 +183,30 @@ class CLAP(nn.Module):
             # YAML 1.2 has "no" for a text, which would be true.
             if not isinstance(value, bool):
                 raise ValueError(f"{name}={value}: give True or False")
+        _check_sizes(
+            sample_rate=sample_rate,
+            window_size=window_size,
+            hop_size=hop_size,
+            mel_bins=mel_bins,
+            width=width,
+            d_proj=d_proj,
+        )
+        _check_numbers(
+            duration=duration,
+            fmin=fmin,
+            fmax=fmax,
+            dropout_factor=dropout_factor,
+        )
+        if not 0 <= fmin < fmax <= sample_rate / 2:
+            raise ValueError(
+                f"fmin={fmin}, fmax={fmax}: give frequencies from 0 to "
+                f"{sample_rate / 2:g} Hz, half of sample_rate, the lower first"
+            )
+        if window_size // 2 >= duration * sample_rate:
+            raise ValueError(
+                f"window_size={window_size}: duration={duration} s at "
+                f"{sample_rate} Hz has too few samples for it"
+            )
         if duration * sample_rate < MIN_HOPS * hop_size:
             raise ValueError(
                 f"duration={duration} s is too short: CNN14 needs {MIN_HOPS} "

@@ -161,8 +161,9 @@ def load_weights(
     elif not torch.allclose(melW, computed_melW, rtol=1e-2, atol=1e-6):
         logger.warning(
             "The mel filterbank of the loaded weights, which is kept, is not "
-            "the one for %d Hz; recompute_mel takes that one instead.",
-            clap.sample_rate,
+            "the one for %d Hz, fmin %g and fmax %g: were these others in its "
+            "training? For training on, --recompute_mel takes that one instead",
+            *(clap.settings[name] for name in ("sample_rate", "fmin", "fmax")),
         )
     return [
         {"source": flag, "path": str(path), "sha256": _sha256(path)}

@@ -251,6 +251,15 @@ def test_two_spaces_in_a_path(tmp_path, monkeypatch, length):
     assert (tmp_path / folder / "hyperparams.yaml").exists()
 
 
+@pytest.mark.parametrize("name", ["no/such/folder", "/absent"])
+def test_text_models_that_are_not_there(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = f"{ROOT}/hparams/esc/microsoft_zeroshot.yaml"
+    flags = [f"--text_model={name}", f"--output_folder={tmp_path}/x"]
+    with pytest.raises(SystemExit, match=f"^--text_model={name} cannot be had"):
+        experiment.start([path, *flags], needs="folds")
+
+
 def test_folders_that_a_run_cannot_have(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "h.yaml").write_text("output_folder: x\nneeded: 1\n")

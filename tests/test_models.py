@@ -176,6 +176,26 @@ def test_switches_of_the_network_are_no_texts(text_model, name):
         CLAP(text_model, **switches)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("width", 0, "width=0: give a whole number from 1 on"),
+        ("d_proj", 2.5, "d_proj=2.5: give a whole"),
+        ("hop_size", True, "hop_size=True: give a whole"),
+        ("sample_rate", "fast", "sample_rate=fast: give a whole"),
+        ("window_size", 48000, "window_size=48000: duration=1 s at 16000 Hz"),
+        ("duration", math.inf, "duration=inf: give a number"),
+        ("fmin", "a", "fmin=a: give a number"),
+        ("fmin", 8000, "fmin=8000, fmax=8000: give frequencies from 0 to 8000"),
+        ("fmax", 14000, "fmin=50, fmax=14000: give frequencies from 0 to 8000"),
+    ],
+)
+def test_settings_that_a_network_cannot_have(text_model, name, value, message):
+    settings = {"sample_rate": 16000, "duration": 1, "fmax": 8000, "width": 2}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        CLAP(text_model, text_pretrained=False, **(settings | {name: value}))
+
+
 def test_mel_bins_that_poolings_leave_none_of():
     wavs = torch.randn(1, 16000)
     narrow = CNN14(16000, mel_bins=32, fmax=8000, width=2).eval()

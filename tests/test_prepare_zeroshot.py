@@ -186,6 +186,14 @@ def test_esc(esc):
     assert len(data.labels) == 50 and data.missing == {}
 
 
+def test_esc10_as_a_spreadsheet_writes_it(esc):
+    meta = esc / "meta" / "esc50.csv"
+    clips = prepare_zeroshot("esc", str(esc), esc10=True).clips
+    meta.write_text(meta.read_text().replace("True", "TRUE"))
+    again = prepare_zeroshot("esc", str(esc), esc10=True).clips
+    pd.testing.assert_frame_equal(again, clips)
+
+
 def test_esc10_keeps_its_clips_and_classes(esc):
     data = prepare_zeroshot("esc", str(esc), esc10=True)
     assert data.clips["ID"].tolist() == ["1-7-A-0", "2-8-A-12"]

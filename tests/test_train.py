@@ -523,10 +523,29 @@ def test_zero_shot_clips_that_are_trained_on_are_told(flags, tmp_path):
     assert "5 of the 6 clips of --zs_valid_folds are trained on" in log
 
 
-def test_debug_leaves_no_checkpoint(flags, tmp_path):
+def test_debug_leaves_neither_checkpoint_nor_figures(flags, tmp_path):
     train(flags, debug=True)
-    assert len(history(tmp_path / "run")) == 2
     assert not list((tmp_path / "run" / "save").glob("CKPT+*"))
+    train(flags)
+    before = [
+        (tmp_path / "run" / name).read_bytes()
+        for name in ("train_history.csv", "train_log.txt")
+    ]
+    train(flags, debug=True)
+    assert before == [
+        (tmp_path / "run" / name).read_bytes()
+        for name in ("train_history.csv", "train_log.txt")
+    ]
+
+
+def test_a_cosine_that_is_stretched_is_told(flags, tmp_path):
+    flags |= {"lr_schedule": "cosine", "warmup_steps": 1}
+    told = "The cosine is now that of 6 epochs: the learning rate goes from"
+    for epochs in (2, 2, 6):
+        train(flags, number_of_epochs=epochs)
+        log = (tmp_path / "run" / "log.txt").read_text()
+        assert (told in log) == (epochs == 6)
+    assert "2 epochs of 9 steps of 4 pairs: 18 steps" in log
 
 
 def test_runs_of_wandb_are_told_apart_by_their_folders(

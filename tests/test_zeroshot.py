@@ -1,5 +1,6 @@
 """Zero-shot evaluation by the real command line, against plain loops."""
 
+import io
 import json
 import re
 import textwrap
@@ -336,6 +337,14 @@ def test_confusion_matrix_counts():
     assert cells == {(0, 0): "1", (0, 1): "1", (1, 1): "1", (2, 0): "1"}
     shares = axes.images[0].get_array()
     assert shares[0].tolist() == [0.5, 0.5, 0]
+
+
+def test_names_of_classes_are_no_formulas():
+    names = [r"do$\foo$g", "$5"]
+    figure = microsoft_zeroshot.confusion_figure([0, 1], [0, 1], names, 1)
+    figure.savefig(io.BytesIO(), format="png")
+    [axes] = figure.axes
+    assert [t.get_text() for t in axes.get_xticklabels()] == names
 
 
 def test_confusion_matrix_of_very_many_classes():
