@@ -13,6 +13,7 @@ class names as --class_path=classes.txt and its name as --dataset.
 """
 
 import heapq
+import itertools
 import logging
 import os
 import sys
@@ -27,6 +28,7 @@ from curation.embeddings import (
     dump_captions,
     open_embeddings,
     read_captions,
+    read_record,
     text_hash,
     write_store,
 )
@@ -249,14 +251,12 @@ def report(similarities, rows, classes, labels, captions, threshold):
     """
     counts = np.bincount(classes, minlength=len(labels))
     lines = [f"{'class':24}{'captions':>9}{'best':>8}  nearest"]
+    distinct = np.flatnonzero(~captions.duplicated())
     for k, label in enumerate(labels):
-        # Equal captions are shown once.
-        texts = {}
-        for row in _nearest_first(similarities[:, k], np.arange(len(captions))):
-            texts.setdefault(captions.iloc[row])
-            if len(texts) == 3:
-                break
-        nearest = " | ".join(text[:60] for text in texts)
+        shown = itertools.islice(
+            _nearest_first(similarities[:, k], distinct), 3
+        )
+        nearest = " | ".join(captions.iloc[row][:60] for row in shown)
         best = similarities[:, k].max()
         lines.append(f"{label:24}{counts[k]:>9}{best:>8.3f}  {nearest}")
     logger.info("Captions by class\n%s", "\n".join(lines))
@@ -316,6 +316,25 @@ def class_names(hparams):
     return labels["label"].tolist(), labels["text"].tolist()
 
 
+def check_weights_of_audio(emb_dir, weights_hash):
+    """Stop if the audio that these captions are for has other weights.
+
+    Raises
+    ------
+    SystemExit
+    """
+    record = os.path.join(emb_dir, "audio_audioset.json")
+    if not os.path.exists(record):
+        return
+    settings = read_record(record, ("settings",))["settings"]
+    if settings.get("weights", weights_hash) != weights_hash:
+        raise SystemExit(
+            f"The audio in {emb_dir} was embedded with other weights: give the "
+            "same --clap_ckpt_path or --ssl_checkpoints_dir, and the same "
+            "--ssl_checkpointer"
+        )
+
+
 def main(argv):
     """Choose captions as the command line says."""
     hparams, run_opts = experiment.start(argv, needs="target_csv_path")
@@ -342,6 +361,7 @@ def main(argv):
     hparams["load_weights"]()
     brain.modules.eval()
     brain.weights_hash = state_hash(hparams["clap"].state_dict())
+    check_weights_of_audio(hparams["emb_dir"], brain.weights_hash)
     dtype = AMPConfig.from_name(brain.eval_precision).dtype
     pack_weights(hparams["clap"], dtype)
     corpus = brain.corpus(table)

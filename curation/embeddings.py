@@ -585,7 +585,8 @@ class EmbeddingWriter:
             return False
         found = read_record(path, ("settings",))["settings"]
         different = {
-            key: f"{key} ({found.get(key)} there, {settings.get(key)} now)"
+            key: f"{key} ({_short(found.get(key))} there, "
+            f"{_short(settings.get(key))} now)"
             for key in sorted(found.keys() | settings.keys())
             if found.get(key) != settings.get(key)
         }
@@ -595,6 +596,11 @@ class EmbeddingWriter:
             return False
         if different:
             advice = "Use"
+            if "weights" in different:
+                advice = (
+                    "Name the same weights, with the same --ssl_checkpointer, "
+                    "use"
+                )
             if list(different) == ["windows"]:
                 advice = (
                     "Audio files appeared, vanished or changed since: have "
@@ -729,6 +735,11 @@ class EmbeddingWriter:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(f"{self.base}.partial.{kind}")
         self.lock.close()
+
+
+def _short(setting):
+    """A setting for a message; of a hash, what tells it from others."""
+    return setting[:12] if isinstance(setting, str) else setting
 
 
 def write_store(base, parts, manifest, settings, info, manifest_path=None):

@@ -1309,6 +1309,15 @@ def test_class_lists(tmp_path):
         names("own", "c.txt")
 
 
+def test_captions_for_audio_of_other_weights_are_refused(
+    embed, choose_captions, changed
+):
+    save = embed()
+    with pytest.raises(SystemExit, match="embedded with other weights: give"):
+        choose_captions(save, ssl_checkpoints_dir=changed / "weights")
+    assert not list(save.glob("own_insper_t2t*"))
+
+
 def test_nothing_reaches_the_threshold(embed, choose_captions):
     save = embed(audio_pathfile=None)
     with pytest.raises(RuntimeError, match="highest similarity is"):
