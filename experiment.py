@@ -42,6 +42,8 @@ from speechbrain.utils.distributed import (
 )
 from speechbrain.utils.run_opts import RunOptions
 
+from files import written_whole
+
 logger = logging.getLogger(__name__)
 
 # A flag that ends so names a file or folder: an input, which must exist before
@@ -143,6 +145,7 @@ def start(argv, needs, keeps_memory=True):
         folder, hparams_file, overrides, save_env_desc=False
     )
     if if_main_process():
+        _name_source(folder, hparams_file, argv[0])
         _describe_environment(folder)
     # SpeechBrain's log file takes debug messages, of which it has thousands.
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
@@ -172,6 +175,16 @@ def compile_networks(hparams, mode):
     warnings.filterwarnings("ignore", message=".*complex operators")
     for name in {"clap", "teacher"} & hparams.keys():
         hparams[name].audio_encoder.base.compile(mode=mode)
+
+
+def _name_source(folder, root, given):
+    """Have a run's record name the YAML file that was given, not its base."""
+    path = os.path.join(folder, "hyperparams.yaml")
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    root, given = (f"# {os.path.abspath(name)}\n" for name in (root, given))
+    with written_whole(path) as file:
+        file.write(text.replace(root, given, 1).encode())
 
 
 def _describe_environment(folder):
