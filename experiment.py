@@ -42,8 +42,6 @@ from speechbrain.utils.distributed import (
 )
 from speechbrain.utils.run_opts import RunOptions
 
-from files import written_whole
-
 logger = logging.getLogger(__name__)
 
 # A flag that ends so names a file or folder: an input, which must exist before
@@ -183,8 +181,8 @@ def _name_source(folder, root, given):
     with open(path, encoding="utf-8") as file:
         text = file.read()
     root, given = (f"# {os.path.abspath(name)}\n" for name in (root, given))
-    with written_whole(path) as file:
-        file.write(text.replace(root, given, 1).encode())
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text.replace(root, given, 1))
 
 
 def _describe_environment(folder):
@@ -410,8 +408,8 @@ def parse_arguments(argv):
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             raise SystemExit(
-                f"--{key} is neither a key of {argv[0]} nor an option "
-                + (f"(did you mean --{close[0]}?)" if close else "")
+                f"--{key} is neither a key of {argv[0]} nor an option"
+                + (f" (did you mean --{close[0]}?)" if close else "")
             )
         if key in run_opts or key in overrides:
             raise SystemExit(f"--{key} is given twice")

@@ -836,7 +836,10 @@ def main(argv):
     """Train as the command line says."""
     hparams, run_opts = experiment.start(argv, needs="opt_class")
     if "teacher" in hparams:
-        raise SystemExit(f"{argv[0]} is of softclap_train.py")
+        raise SystemExit(
+            f"{argv[0]} is of softclap_train.py: give "
+            "hparams/insper/microsoft_clap_train.yaml, or a file based on it"
+        )
     brain = CLAPBrain(
         modules={"clap": hparams["clap"]},
         opt_class=hparams["opt_class"],

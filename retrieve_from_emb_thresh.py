@@ -395,6 +395,35 @@ def has_windows(manifest):
     return False
 
 
+def pairs_by_class(manifest, kept):
+    """Pairs of each class for which captions were chosen (DS); logged too.
+
+    Arguments
+    ---------
+    manifest : curation.embeddings.Manifest
+        Of the captions, with a column `class`, or without any.
+    kept : array of int
+        Pairs of each caption.
+
+    Returns
+    -------
+    dict
+        Class -> pairs, in order of their captions.
+    """
+    if "class" not in manifest.schema.names:
+        return {}
+    counts = pd.Series(kept).groupby(manifest["class"], sort=False).sum()
+    counts = counts.to_dict()
+    logger.info(
+        "Pairs by class: %s",
+        ", ".join(f"{name} {count}" for name, count in counts.items()),
+    )
+    without = [name for name, count in counts.items() if not count]
+    if without:
+        logger.warning("No pairs for %s", ", ".join(without))
+    return counts
+
+
 def share_of(count, block_size):
     """The rows that this process searches: consecutive whole blocks.
 
@@ -589,6 +618,7 @@ def retrieve(audio, text, hparams, run_opts):
     if not is_main:
         return
     unit = "windows" if has_windows(audio.manifest) else "clips"
+    by_class = pairs_by_class(text.manifest, sink.kept)
     if with_report:
         captions = text.manifest["caption"].tolist()
         report = make_report(
@@ -599,6 +629,8 @@ def retrieve(audio, text, hparams, run_opts):
             unit: sink.audios,
             "captions": int((sink.kept > 0).sum()),
         }
+        if by_class:
+            report["kept"]["pairs_by_class"] = by_class
         # Or it would pass for that of a CSV file from another run.
         report["dry_run"] = dry_run
         write_json(report, f"{base}_report.json")

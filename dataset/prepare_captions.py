@@ -886,10 +886,10 @@ def _check_audio(seconds, failed, max_bad_audio, skipped_csv):
     if not present:
         raise ValueError(
             f"All {len(failed)} audio files are missing. Looked for "
-            f"{_first(failed)}; bare names in any folder of "
-            "--data_annot_folder that is not another data set's, with any of "
-            f"the endings {' '.join(AUDIO_SUFFIXES)}. All are listed in "
-            f"{skipped_csv}."
+            f"{_first(failed)}. Relative paths of a CSV start from its folder; "
+            "bare names are looked for in any folder of --data_annot_folder "
+            "that is not another data set's, with any of the endings "
+            f"{' '.join(AUDIO_SUFFIXES)}. All are listed in {skipped_csv}."
         )
     if not seconds or len(bad) > max_bad_audio * present:
         reasons = [f"{path} ({reason})" for path, reason in bad.items()]

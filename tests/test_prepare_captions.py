@@ -654,7 +654,7 @@ def test_all_missing_names_what_was_looked_for(data, save, monkeypatch):
     # A bare name must not be found in the current folder.
     monkeypatch.chdir(data)
     text(data / "b_0", "")
-    with pytest.raises(ValueError, match="aaaaaaaaaaa_30, b_0;"):
+    with pytest.raises(ValueError, match="aaaaaaaaaaa_30, b_0\\."):
         prepare_captions(save, data)
     assert skipped(save) == {"aaaaaaaaaaa_30": "missing", "b_0": "missing"}
 

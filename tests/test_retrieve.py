@@ -159,6 +159,23 @@ def test_fewer_dimensions_give_the_same_file(
     assert rows == expected_rows(over(naive, THRESHOLD), naive, audio)
 
 
+def test_pairs_are_counted_by_class(run, folder, naive):
+    classes = ["dog", "rain", "siren"]
+    table = pd.DataFrame({"caption": CAPTIONS})
+    table["class"] = [classes[i % 2] for i in range(29)] + ["siren"]
+    assert not (naive[:, 29] >= 0.6).any()
+    store(folder, "esc_insper_t2t", random_vectors(30, 5), table)
+    name = "esc_insper_audioset_dudsv3"
+    _, report = run(name, sim_threshold=0.6)
+    counts = dict.fromkeys(classes, 0)
+    for _, text in over(naive, 0.6):
+        counts[table["class"][text]] += 1
+    assert report["kept"]["pairs_by_class"] == counts
+    log = (folder / f"{name}_log" / "log.txt").read_text()
+    assert "No pairs for siren" in log
+    assert f"Pairs by class: dog {counts['dog']}, rain " in log
+
+
 def test_training_reads_it(run, folder, naive, audio):
     run()
     pairs = read_pairs(str(folder / f"{DU}_curation.csv"), "curation_csv")
