@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 
@@ -419,7 +420,7 @@ class HistoryLogger(train_logger.TrainLogger):
 
     def draw(self, history):
         """Losses, accuracy, learning rate and scale over the epochs."""
-        figure = Figure(figsize=(13, 3.2), layout="constrained")
+        figure = Figure(figsize=(13, 3.6), layout="constrained")
         panels = (
             [c for c in history if c.endswith("_loss")],
             [c for c in history if c.endswith(("_acc", "@1", "@10"))],
@@ -428,9 +429,19 @@ class HistoryLogger(train_logger.TrainLogger):
         )
         for axes, columns in zip(figure.subplots(1, 4), panels):
             for column in columns:
-                axes.plot(history["epoch"], history[column], label=column)
+                # Of recalls there are only those of the validation.
+                label = re.sub("valid_(?=.*@)", "", column)
+                axes.plot(history["epoch"], history[column], label=label)
             axes.set_xlabel("epoch")
-            axes.legend(frameon=False)
+            # Above, where it hides no line.
+            axes.legend(
+                loc="lower left",
+                bbox_to_anchor=(0, 1),
+                ncols=2,
+                handlelength=1,
+                fontsize="small",
+                frameon=False,
+            )
         with written_whole(f"{self.path}.png") as file:
             figure.savefig(file, format="png", dpi=120)
 
