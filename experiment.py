@@ -390,6 +390,9 @@ def parse_arguments(argv):
                 "rename it, or link to it by another name"
             ) from None
     (hparams_file, inherited), tokens = _read_hparams(argv[0]), argv[1:]
+    own = _top_level(hparams_file)
+    for key in inherited.keys() & own.keys():
+        _check_type(key, inherited[key], own[key])
     defaults = _top_level(hparams_file, inherited)
     options = RunOptions().as_dict()
     for key in _NO_OPTIONS:
@@ -438,6 +441,7 @@ def parse_arguments(argv):
                     "--%s is empty: its default holds (%s)", key, defaults[key]
                 )
         elif key in defaults:
+            _check_type(key, value, defaults[key])
             overrides[key] = value
         else:
             run_opts[key] = _run_option(key, value, options[key])
@@ -451,10 +455,6 @@ def parse_arguments(argv):
                 f"--output_folder={run} and --prev_ckpt_dir={previous} are two "
                 "runs: give one of them"
             )
-    known = _top_level(hparams_file)
-    for key, value in {**inherited, **overrides}.items():
-        if key in known:
-            _check_type(key, value, known[key])
     recursive_update(inherited, overrides)
     overrides = inherited
     for key, value in overrides.items():
@@ -818,10 +818,10 @@ def _check_folder(folder, needs):
     if not os.path.isdir(above):
         raise SystemExit(f"--output_folder={folder}: {above} is no folder")
     record = os.path.join(folder, "hyperparams.yaml")
-    if needs != "opt_class" and os.path.isfile(record):
-        with open(record, encoding="utf-8", errors="replace") as file:
-            is_training = any(line.startswith("opt_class:") for line in file)
-        if is_training and needs != "teacher":
+    if needs in ("opt_class", "teacher") or not os.path.isfile(record):
+        return
+    with open(record, encoding="utf-8", errors="replace") as file:
+        if any(line.startswith("opt_class:") for line in file):
             raise SystemExit(
                 f"--output_folder={folder} is that of a training run, whose "
                 "records would be lost: give another one"

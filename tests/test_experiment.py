@@ -232,10 +232,11 @@ def test_own_hparams_files_that_are_wrong(
         experiment.parse_arguments(["own.yaml"])
 
 
-def test_arguments_that_an_object_has_not():
-    path = f"{ROOT}/hparams/esc/microsoft_zeroshot.yaml"
+@pytest.mark.parametrize("key", ["clap", "teacher"])
+def test_arguments_that_an_object_has_not(key):
+    path = f"{ROOT}/hparams/insper/softclap_train.yaml"
     with pytest.raises(SystemExit, match="no widht .did you mean width"):
-        experiment.parse_arguments([path, "--clap={widht: 3}"])
+        experiment.parse_arguments([path, f"--{key}={{widht: 3}}"])
 
 
 @pytest.mark.parametrize("length", range(40, 80))
