@@ -4,6 +4,7 @@ import contextlib
 import csv
 import fcntl
 import functools
+import io
 import json
 import os
 
@@ -164,6 +165,21 @@ def read_pieces(path, columns=()):
             yield batch.slice(begin, _PIECE_ROWS).to_pandas()
 
 
+class _Blocks(io.FileIO):
+    """A file to read in blocks that do not part a \\r from a \\n behind it.
+
+    pyarrow would lose the \\n, within quotes too.
+    """
+
+    def read(self, size=-1):
+        """The next bytes, `size` or one less."""
+        block = super().read(size)
+        if len(block) > 1 and block.endswith(b"\r"):
+            self.seek(-1, os.SEEK_CUR)
+            return block[:-1]
+        return block
+
+
 def _batches(path, columns):
     """Rows of a CSV file as `pyarrow.RecordBatch`, the first without any."""
     try:
@@ -173,7 +189,7 @@ def _batches(path, columns):
         with open(path, encoding="utf-8-sig", newline="") as file:
             names, above = _checked_header(file, columns, has_quotes)
         # Opened here: pyarrow takes a "~" in a path for the home folder.
-        with open(path, "rb") as file:
+        with _Blocks(path) as file:
             # With one column, such a line is a row: its cell is empty. But not
             # at the end.
             below = _empty_lines_below(file) if len(names) == 1 else 0

@@ -102,7 +102,7 @@ def test_a_table_in_pieces_is_the_table(tmp_path, monkeypatch, columns):
 def test_blocks_may_end_within_a_cell_of_many_lines(
     tmp_path, monkeypatch, size
 ):
-    captions = ["a\nb", "c", "\n\n\n", "d\re"] * 9
+    captions = ["a\nb", "c", "\n\n\n", "d\re", "f\r\ng"] * 9
     frame = pd.DataFrame({"caption": captions, "ID": "1"})
     write_csv(frame, tmp_path / "a.csv")
     monkeypatch.setattr("files._BLOCK_BYTES", size)
