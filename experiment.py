@@ -126,6 +126,9 @@ def start(argv, needs, keeps_memory=True):
                 # Keys are checked by now, and files may add some.
                 overrides_must_match=False,
             )
+    except ValueError as error:
+        # Of an object that cannot be made so.
+        raise SystemExit(f"{argv[0]} with these flags: {error}") from error
     except OSError as error:
         if error.errno is not None:
             raise

@@ -281,7 +281,8 @@ def _check_arguments(arguments):
         )
     for flag, (types, allows, allowed) in limits.items():
         value = arguments[flag]
-        if not isinstance(value, types) or not allows(value):
+        is_number = isinstance(value, types) and not isinstance(value, bool)
+        if not (is_number and allows(value)):
             raise ValueError(f"--{flag}={value}: give {allowed}")
 
 

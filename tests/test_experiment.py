@@ -252,6 +252,14 @@ def test_two_spaces_in_a_path(tmp_path, monkeypatch, length):
     assert (tmp_path / folder / "hyperparams.yaml").exists()
 
 
+def test_objects_that_cannot_be_made(tmp_path):
+    path = f"{ROOT}/hparams/esc/microsoft_zeroshot.yaml"
+    flags = ["--clap={fmax: 9}", f"--output_folder={tmp_path}/x"]
+    message = f"^{path} with these flags: fmin=50, fmax=9: give"
+    with pytest.raises(SystemExit, match=message):
+        experiment.start([path, *flags], needs="folds")
+
+
 @pytest.mark.parametrize("name", ["no/such/folder", "/absent"])
 def test_text_models_that_are_not_there(tmp_path, monkeypatch, name):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

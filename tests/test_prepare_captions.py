@@ -775,6 +775,7 @@ def test_ready_csv_without_captions_names_its_flag(tmp_path, save):
         ("max_bad_audio", 5, "from 0 to 1"),
         ("overfit_size", 0, "at least 1"),
         ("overfit_size", 2.5, "at least 1"),
+        ("overfit_size", True, "at least 1"),
     ],
 )
 def test_arguments_out_of_range(tmp_path, save, flag, value, allowed):
