@@ -146,7 +146,8 @@ def start(argv, needs, keeps_memory=True):
         folder, hparams_file, overrides, save_env_desc=False
     )
     if if_main_process():
-        _name_source(folder, hparams_file, argv[0])
+        if hparams_file != argv[0]:
+            _name_source(folder, hparams_file, argv[0])
         _describe_environment(folder)
     # SpeechBrain's log file takes debug messages, of which it has thousands.
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
@@ -393,9 +394,10 @@ def parse_arguments(argv):
                 "rename it, or link to it by another name"
             ) from None
     (hparams_file, inherited), tokens = _read_hparams(argv[0]), argv[1:]
-    own = _top_level(hparams_file)
-    for key in inherited.keys() & own.keys():
-        _check_type(key, inherited[key], own[key])
+    if inherited:
+        root = _top_level(hparams_file)
+        for key in inherited.keys() & root.keys():
+            _check_type(key, inherited[key], root[key])
     defaults = _top_level(hparams_file, inherited)
     options = RunOptions().as_dict()
     for key in _NO_OPTIONS:

@@ -269,6 +269,15 @@ def test_text_models_that_are_not_there(tmp_path, monkeypatch, name):
         experiment.start([path, *flags], needs="folds")
 
 
+def test_a_record_names_the_file_that_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "h.yaml").write_text("output_folder: x\nneeded: 1\n")
+    (tmp_path / "own.yaml").write_text("base: h.yaml\noutput_folder: run\n")
+    experiment.start(["own.yaml"], needs="needed")
+    with pytest.raises(SystemExit, match=f"Give {tmp_path}/own.yaml and the"):
+        experiment.parse_arguments(["run/hyperparams.yaml"])
+
+
 def test_folders_that_a_run_cannot_have(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "h.yaml").write_text("output_folder: x\nneeded: 1\n")
