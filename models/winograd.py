@@ -1,4 +1,4 @@
-"""3x3 convolutions on a CPU by Winograd's method.
+"""3x3 convolutions on a CPU by Winograd's method, or a product of matrices.
 
 A direct convolution takes 144 products for a tile of 4x4 outputs and a pair of
 channels. This takes 36, as products of matrices, between a transform of the
@@ -16,6 +16,7 @@ import typing
 import numba
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -418,13 +419,49 @@ class WinogradConvolution(torch.autograd.Function):
                 planes = tiling.planes_of(images, part, "inputs")
                 of_sums = tiling.planes_of(gradients, part, "gradients")
                 sums.baddbmm_(of_sums.transpose(1, 2), planes, beta=i > 0)
-            of_weight = sums.view(len(sums), -1).T @ tiling.weights
-            of_weight = of_weight.view(weight.shape).to(weight.dtype)
+            # Its transpose, by rows of planes, would take twice as long.
+            of_weight = tiling.weights.T @ sums.flatten(1)
+            of_weight = of_weight.T.reshape(weight.shape).to(weight.dtype)
         return of_x, of_weight, None
 
 
+def has_bf16_vectors():
+    """Whether the processor has instructions for bf16, but none for tiles."""
+    return (
+        torch.cpu._is_avx512_bf16_supported()
+        and not torch.cpu._is_amx_tile_supported()
+    )
+
+
+def two_wide(x, weight):
+    """A 3x3 convolution with padding 1 of images that are two wide.
+
+    Both outputs of a row see all six pixels of three rows, through two of the
+    kernel's three columns each. That is one product of matrices; a direct
+    convolution also multiplies the third column, with the zeros of the padding.
+
+    Arguments
+    ---------
+    x : torch.Tensor
+        (batch, in_channels, height, 2).
+    weight : torch.Tensor
+        (out_channels, in_channels, 3, 3), as precise as the images.
+
+    Returns
+    -------
+    torch.Tensor
+        (batch, out_channels, height, 2), channels last in memory.
+    """
+    rows = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, 0, 1, 1)).flatten(2)
+    threes = rows.unfold(1, 3, 1).transpose(2, 3).flatten(2)
+    kernels = weight.permute(0, 2, 3, 1).contiguous()
+    kernels = torch.stack([kernels[:, :, 1:], kernels[:, :, :2]])
+    y = F.linear(threes, kernels.flatten(2).flatten(0, 1))
+    return y.unflatten(2, (2, -1)).permute(0, 3, 1, 2)
+
+
 def fewest_channels(dtype):
-    """Input channels from which this is faster than PyTorch's convolution.
+    """Input channels from which Winograd's method is faster than PyTorch's.
 
     Fewer take longer to transform than they save. In bf16 it is faster where
     the processor has no instructions for that, and of many channels that are
@@ -446,7 +483,7 @@ def fewest_channels(dtype):
         return 64
     if dtype != torch.bfloat16 or torch.cpu._is_amx_tile_supported():
         return math.inf
-    return 256 if torch.cpu._is_avx512_bf16_supported() else 64
+    return 256 if has_bf16_vectors() else 64
 
 
 class Conv3x3(nn.Conv2d):
@@ -468,6 +505,8 @@ class Conv3x3(nn.Conv2d):
         dtype = x.dtype
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
+        if dtype == torch.bfloat16 and has_bf16_vectors() and x.shape[3] == 2:
+            return two_wide(x.to(dtype), self.weight.to(dtype))
         # Without images there is nothing to sum a gradient from.
         if self.in_channels >= fewest_channels(dtype) and len(x):
             return WinogradConvolution.apply(x, self.weight, dtype)

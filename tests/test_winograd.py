@@ -1,4 +1,4 @@
-"""Convolutions by Winograd's method against PyTorch's direct ones."""
+"""Convolutions by other methods against PyTorch's direct ones."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import models.winograd
-from models.winograd import Conv3x3, WinogradConvolution
+from models.winograd import Conv3x3, WinogradConvolution, two_wide
 
 # Edges that no tile ends at, a tile alone, images two wide and narrower, in
 # twos and threes, and more channels than are transformed at once.
@@ -134,6 +134,24 @@ def test_the_number_of_threads_stays_as_it_was(threads):
     assert printed.split() == [str(threads)]
 
 
+@pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last]
+)
+@pytest.mark.parametrize("shape", [(3, 5, 9, 2), (2, 3, 1, 2), (0, 4, 2, 2)])
+def test_images_two_wide_are_a_product_of_matrices(shape, layout):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64)
+    x = x.to(memory_format=layout).requires_grad_()
+    weight = torch.randn(7, shape[1], 3, 3).double().requires_grad_()
+    found, expected = two_wide(x, weight), F.conv2d(x, weight, padding=1)
+    gradient = torch.randn_like(expected)
+    of_found = torch.autograd.grad(found, (x, weight), gradient)
+    of_expected = torch.autograd.grad(expected, (x, weight), gradient)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    for a, b in zip((found, *of_found), (expected, *of_expected)):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_no_images_have_no_gradient():
     layer = Conv3x3(64, 8)
     layer(torch.empty(0, 64, 8, 8)).sum().backward()
@@ -189,6 +207,39 @@ def test_what_is_faster_in_bf16_depends_on_the_processor(
     assert ("Winograd" in type(found.grad_fn).__name__) == expected
     # In fp32 it does not.
     assert "Winograd" in type(layer(x).grad_fn).__name__
+
+
+@pytest.mark.parametrize(
+    ("instructions", "width", "method"),
+    [
+        ("none", 2, "Winograd"),
+        ("vectors", 2, "two_wide"),
+        ("vectors", 3, "Winograd"),
+        ("tiles", 2, "Convolution"),
+    ],
+)
+def test_images_two_wide_have_their_method_in_bf16(
+    instructions, width, method, monkeypatch
+):
+    have_instructions(instructions, monkeypatch)
+    seen = []
+
+    def noted(x, weight):
+        seen.append("two_wide")
+        return two_wide(x, weight)
+
+    monkeypatch.setattr(models.winograd, "two_wide", noted)
+    layer, x = Conv3x3(256, 32), torch.randn(2, 256, 5, width)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    seen.append(type(found.grad_fn).__name__)
+    assert method in seen[0]
+    assert found.dtype == torch.bfloat16
+    exact = F.conv2d(x.double(), layer.weight.double(), padding=1)
+    # Three roundings: images, weights and sums.
+    assert (found - exact).norm() < 3 * 2**-9 * exact.norm()
+    assert "Winograd" in type(layer(x).grad_fn).__name__
+    assert seen.count("two_wide") == (method == "two_wide")
 
 
 def test_what_is_faster_directly_is_left_to_pytorch():
