@@ -60,6 +60,20 @@ _REFUSED = {
     "optimizer_step_limit": "a run would go on beyond it when resumed. Give "
     "--number_of_epochs and --subset_pct",
 }
+# The same, in scripts that train nothing.
+_OF_TRAINING = dict.fromkeys(
+    (
+        *("test_only", "find_unused_parameters", "grad_accumulation_factor"),
+        *("max_grad_norm", "skip_nonfinite_grads", "nonfinite_patience"),
+        *("ckpt_interval_minutes", "ckpt_interval_steps"),
+        *("profile_training", "profile_warmup", "profile_steps"),
+        *("data_parallel_backend", "data_parallel_count"),
+    ),
+    "it is of training",
+) | dict.fromkeys(
+    ("auto_mix_prec", "bfloat16_mix_prec"),
+    "it is of training, give --precision",
+)
 # What SpeechBrain's own parser notes among them.
 _NO_OPTIONS = ("param_file", "overridden_args")
 # What HyperPyYAML takes for the value of a key, in any text.
@@ -70,7 +84,7 @@ _RECORD = "# Generated "
 _NULLS = ("", "~", "null", "Null", "NULL", "None")
 
 
-def start(argv, needs, keeps_memory=True):
+def start(argv, needs, required=None, refused=None, keeps_memory=True):
     """Everything between the command line and a script's own work.
 
     Joins the process group where torchrun started several, names the output
@@ -82,6 +96,10 @@ def start(argv, needs, keeps_memory=True):
         Command line without the script's name.
     needs : str
         A key that YAML files of this script have, and others have not.
+    required : dict
+        Keys without which the script can't begin -> what to give for them.
+    refused : dict
+        Options of SpeechBrain that it does not heed -> what to give instead.
     keeps_memory : bool
         Whether freed memory is kept for the next step: see
         `keep_freed_memory`. Right for networks, whose steps are all alike. If
@@ -108,10 +126,20 @@ def start(argv, needs, keeps_memory=True):
     # long that captions were embedded faster in fp32, which has others.
     torch.backends.cuda.enable_cudnn_sdp(False)
     hparams_file, run_opts, overrides = parse_arguments(argv)
-    if needs not in _top_level(hparams_file, overrides):
+    keys = _top_level(hparams_file, overrides)
+    if needs not in keys:
         raise SystemExit(
             f"{argv[0]} is of another script: it has no key {needs}"
         )
+    refused = _REFUSED | (refused or {})
+    if "opt_class" not in keys:
+        refused = _OF_TRAINING | refused
+    for key, advice in refused.items():
+        if run_opts.get(key):
+            raise SystemExit(f"--{key} is not taken: {advice}")
+    for key, advice in (required or {}).items():
+        if not keys[key]:
+            raise SystemExit(f"Give --{key}: {advice}")
     run_opts = fit_to_device(run_opts)
     ddp_init_group(RunOptions.from_dictionary(run_opts))
     same_command = name_output_folder(hparams_file, overrides)
@@ -259,11 +287,8 @@ def take_precision(run_opts):
     Raises
     ------
     SystemExit
-        Both are given, or an option that training alone heeds.
+        Both are given.
     """
-    for key in ("auto_mix_prec", "bfloat16_mix_prec"):
-        if key in run_opts:
-            raise SystemExit(f"--{key} is of training: give --precision")
     if "precision" in run_opts:
         if "eval_precision" in run_opts:
             raise SystemExit(
@@ -464,8 +489,13 @@ def parse_arguments(argv):
     overrides = inherited
     for key, value in overrides.items():
         is_input = _is_path(key) and key != "output_folder"
-        if is_input and value and not os.path.exists(str(value)):
+        if not (is_input and value):
+            continue
+        if not os.path.exists(str(value)):
             raise SystemExit(f"--{key}={value} does not exist")
+        is_folder = key.endswith(("_dir", "_folder"))
+        if is_folder and not os.path.isdir(str(value)):
+            raise SystemExit(f"--{key}={value} is no folder")
     # Objects are built with these, which say nothing of flags.
     if "seed" in overrides:
         check_numbers(overrides, ["seed"], 0, 2**32 - 1, whole=True)
@@ -494,12 +524,9 @@ def fit_to_device(run_opts):
     ------
     SystemExit
         There is no such device; or fp16 is asked for on a CPU, which cannot do
-        it; or an option is given that would not do what it says.
+        it.
     """
     run_opts = dict(run_opts)
-    for key, reason in _REFUSED.items():
-        if run_opts.get(key):
-            raise SystemExit(f"--{key} is not taken: {reason}")
     if "compile_mode" in run_opts and not run_opts.get("compile"):
         logger.warning("--compile_mode is not used without --compile=True")
     run_opts.setdefault("device", sb.utils.distributed.infer_device())

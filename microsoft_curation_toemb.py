@@ -414,7 +414,14 @@ def read_audio_list(path):
 
 def main(argv):
     """Embed as the command line says."""
-    hparams, run_opts = experiment.start(argv, needs="audio_pathfile")
+    hparams, run_opts = experiment.start(
+        argv,
+        needs="audio_pathfile",
+        refused={
+            "eval_precision": "give --precision",
+            "debug": "give short lists",
+        },
+    )
     if not (hparams["audio_pathfile"] or hparams["text_pathfile"]):
         raise SystemExit("Give --audio_pathfile, --text_pathfile or both")
     experiment.require_weights(hparams)
@@ -423,9 +430,6 @@ def main(argv):
     experiment.check_choice(
         hparams, "windows_per_clip", ("centre", "mean", "all")
     )
-    for key in ("eval_precision", "auto_mix_prec", "bfloat16_mix_prec"):
-        if key in run_opts:
-            raise SystemExit(f"--{key}: give --precision to this script")
     precision = hparams["precision"]
     if precision == "auto":
         precision = precision_of_folder(hparams["save_folder"])

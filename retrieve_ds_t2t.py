@@ -337,11 +337,16 @@ def check_weights_of_audio(emb_dir, weights_hash):
 
 def main(argv):
     """Choose captions as the command line says."""
-    hparams, run_opts = experiment.start(argv, needs="target_csv_path")
+    hparams, run_opts = experiment.start(
+        argv,
+        needs="target_csv_path",
+        required={
+            "target_csv_path": "captions to choose from, a CSV file",
+            "emb_dir": "<output_folder>/save of microsoft_curation_toemb.py",
+        },
+        refused={"debug": "give few captions"},
+    )
     experiment.require_one_process()
-    for flag in ("target_csv_path", "emb_dir"):
-        if not hparams[flag]:
-            raise SystemExit(f"Give --{flag}")
     if os.path.basename(hparams["dataset"]) != hparams["dataset"]:
         raise SystemExit(
             f"--dataset={hparams['dataset']}: files are named by it, so give a "

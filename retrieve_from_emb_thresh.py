@@ -27,17 +27,18 @@ the search, and the files are the same. The method is that of arXiv 2305.01864.
 """
 
 import contextlib
+import functools
 import glob
 import logging
 import os
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
 import torch
 from speechbrain.utils.distributed import (
     ddp_barrier,
@@ -58,12 +59,19 @@ from files import alone, write_json, written_whole
 logger = logging.getLogger(__name__)
 
 HEADER = b"ID,wav_path,caption,similarity,start,end\n"
+_TEXT = pa.large_string()  # all captions together may exceed 2 GB
+_LINES = pa.schema(
+    {
+        "ID": pa.int64(),
+        "wav_path": _TEXT,
+        "caption": _TEXT,
+        "similarity": pa.decimal128(8, 6),  # has six digits, always
+        "start": pa.float64(),
+        "end": pa.float64(),
+    }
+)
 _BUFFER_PAIRS = 2**20
-# Lines of the CSV file are made in parts, each in a thread. The file itself
-# would keep more threads waiting.
 _LINES_AT_ONCE = 2**14
-_LINE_THREADS = min(pa.cpu_count(), 8)
-_TEXT = pa.large_string()  # its lines together may exceed 2 GB
 
 
 class PairSink:
@@ -87,11 +95,13 @@ class PairSink:
     """
 
     def __init__(self, audio, text, file=None, max_pairs=None):
-        self.manifest = audio.manifest
-        self.file, self.max_pairs = file, max_pairs
+        self.manifest, self.max_pairs = audio.manifest, max_pairs
+        self.writer = None
         if file is not None:
-            self.captions = csv_cells(text.manifest["caption"])
-            self.threads = ThreadPoolExecutor(_LINE_THREADS)
+            self.captions = pa.array(text.manifest["caption"], _TEXT)
+            file.write(HEADER)
+            options = pa.csv.WriteOptions(include_header=False)
+            self.writer = pa.csv.CSVWriter(file, _LINES, write_options=options)
         self.pairs, self.audios = 0, 0
         self.kept = np.zeros(len(text), dtype=np.int64)
 
@@ -107,7 +117,7 @@ class PairSink:
             return
         total = self.pairs + len(audio_rows)
         is_new = np.diff(audio_rows, prepend=-1) != 0
-        if self.file is not None:
+        if self.writer is not None:
             if self.max_pairs is not None and total > self.max_pairs:
                 raise SystemExit(
                     f"More than --max_pairs={self.max_pairs} pairs by audio "
@@ -123,80 +133,27 @@ class PairSink:
         self.kept += np.bincount(text_rows, minlength=len(self.kept))
 
     def _write(self, *pairs):
-        """Append lines; only those that the threads make are in memory."""
-
-        def work(begin):
-            audio_rows, *rest = (
+        """Append lines."""
+        for begin in range(0, len(pairs[0]), _LINES_AT_ONCE):
+            audio_rows, text_rows, similarities = (
                 p[begin : begin + _LINES_AT_ONCE] for p in pairs
             )
-            # An audio row's cells are made once, not per pair.
+            # An audio row is looked up once, not per pair.
             is_new = np.diff(audio_rows, prepend=-1) != 0
             audio = self.manifest.take(audio_rows[is_new])
-            return self.pairs + begin, audio, is_new.cumsum() - 1, *rest
-
-        begins = range(0, len(pairs[0]), _LINES_AT_ONCE)
-        for i in range(0, len(begins), _LINE_THREADS):
-            some = map(work, begins[i : i + _LINE_THREADS])
-            self.file.writelines(self.threads.map(self._lines, *zip(*some)))
-
-    def _lines(self, first, audio, which, text_rows, similarities):
-        """Lines as a buffer.
-
-        `first` is the ID of the first one; a line is of the row `which` of the
-        table `audio`.
-        """
-        times = [
-            audio[name].to_numpy()
-            if name in audio.column_names
-            else np.full(len(audio), np.nan)
-            for name in ("start", "end")
-        ]
-        # Few windows begin at a time of their own.
-        times, places = np.unique(times, return_inverse=True)
-        times = ["" if s != s else repr(s) for s in times.tolist()]
-        times = pa.array(times, _TEXT)
-        starts, ends = (
-            times.take(pa.array(column)) for column in places.reshape(2, -1)
-        )
-        times = _join(starts, ends, ",")
-        times = _join(times, "\n", "")
-        paths = audio["wav_path"].combine_chunks()
-        # Six digits, as decimal numbers have them.
-        values = pc.round(pa.array(similarities, pa.float64()), 6)
-        lines = _join(
-            pa.array(np.arange(first, first + len(which))).cast(_TEXT),
-            csv_cells(paths).take(pa.array(which)),
-            self.captions.take(pa.array(text_rows)),
-            values.cast(pa.decimal128(8, 6)).cast(pa.string()).cast(_TEXT),
-            times.take(pa.array(which)),
-            ",",
-        )
-        _, _, text = lines.buffers()
-        return text
-
-
-def _join(*parts):
-    """Texts of each row one after another, with the last part between them."""
-    parts = (pa.scalar(p, _TEXT) if isinstance(p, str) else p for p in parts)
-    return pc.binary_join_element_wise(*parts)
-
-
-def csv_cells(texts):
-    """Texts as cells of a CSV file, in quotes where they need them.
-
-    Arguments
-    ---------
-    texts : sequence of str
-
-    Returns
-    -------
-    pyarrow.LargeStringArray
-    """
-    texts = pa.array(texts, _TEXT)
-    quoted = _join('"', pc.replace_substring(texts, '"', '""'), '"', "")
-    return pc.if_else(
-        pc.match_substring_regex(texts, '[",\r\n]'), quoted, texts
-    )
+            audio = audio.take(pa.array(is_new.cumsum() - 1))
+            ids = self.pairs + begin + np.arange(len(audio))
+            times = (
+                pa.array(audio[name].to_numpy(), from_pandas=True)
+                if name in audio.column_names
+                else pa.nulls(len(audio))
+                for name in ("start", "end")
+            )
+            values = pc.round(pa.array(similarities, pa.float64()), 6)
+            captions = self.captions.take(pa.array(text_rows))
+            columns = [ids, audio["wav_path"], captions, values, *times]
+            lines = pa.table(columns, names=_LINES.names)
+            self.writer.write(lines.cast(_LINES))
 
 
 def best_per_audio(batches, kinds, count):
@@ -507,82 +464,134 @@ def all_of(tally):
     return tallies
 
 
-def retrieve(audio, text, hparams, run_opts):
-    """Search, write the pairs and the report.
+def search(
+    audio,
+    text,
+    tally,
+    hparams,
+    run_opts,
+    threshold,
+    with_report,
+    kinds=None,
+    per_audio=None,
+    most=None,
+):
+    """Pairs over a threshold, found by all processes together.
 
     Arguments
     ---------
     audio, text : curation.embeddings.Embeddings
         The stores.
+    tally : curation.tally.Tally
+        Counts what is found; it is begun anew.
     hparams, run_opts : dict
         As `experiment.start` gives them.
+    threshold : float
+    with_report : bool
+        Whether all similarities are counted.
+    kinds, per_audio
+        As `best_per_audio` takes them.
+    most : int
+        A process that has more pairs need not look for further ones.
+
+    Yields
+    ------
+    tuple of array
+        In the main process alone, as `pairs_over` does.
     """
-    tally = Tally(len(text))
-    name, dry_run = hparams["curation_name"], hparams["dry_run"]
-    base = os.path.join(hparams["emb_dir"], name)
-
-    def search(threshold, with_report, kinds=None, per_audio=None, most=None):
-        first, last = share_of(len(audio), hparams["audio_bs"])
-        chosen = None
-        if is_main:
-            chosen = fastest_product(
-                audio,
-                text,
-                threshold,
-                with_report,
-                hparams["search_precision"],
-                run_opts["device"],
-            )
-            logger.info(
-                "Products are in %s%s; the pairs do not depend on it",
-                chosen[0],
-                "" if chosen[1] is None else f", {chosen[1].shape[1]} axes",
-            )
-        precision, axes = ddp_broadcast(chosen, src=0)
-        with tqdm(
-            total=last - first,
-            unit="clip",
-            dynamic_ncols=True,
-            disable=bool(run_opts.get("noprogressbar")) or not is_main,
-        ) as bar:
-            own = Tally(len(text))
-            batches = pairs_over(
-                audio,
-                text,
-                threshold,
-                own,
-                with_report,
-                hparams["audio_bs"],
-                device=run_opts["device"],
-                precision=precision,
-                axes=axes,
-                rows=(first, last),
-                progress=bar.update,
-            )
-            best = best_per_audio(batches, kinds, per_audio)
-            yield from gathered(best, f"{base}_pairs.partial", most)
-        tally.start(threshold)
-        for other in all_of(own):
-            tally.absorb(other)
-
     is_main = if_main_process()
-    with_report = hparams["with_report"] or dry_run
+    first, last = share_of(len(audio), hparams["audio_bs"])
+    chosen = None
+    if is_main:
+        chosen = fastest_product(
+            audio,
+            text,
+            threshold,
+            with_report,
+            hparams["search_precision"],
+            run_opts["device"],
+        )
+        logger.info(
+            "Products are in %s%s; the pairs do not depend on it",
+            chosen[0],
+            "" if chosen[1] is None else f", {chosen[1].shape[1]} axes",
+        )
+    precision, axes = ddp_broadcast(chosen, src=0)
+    own = Tally(len(text))
+    with tqdm(
+        total=last - first,
+        unit="clip",
+        dynamic_ncols=True,
+        disable=bool(run_opts.get("noprogressbar")) or not is_main,
+    ) as bar:
+        batches = pairs_over(
+            audio,
+            text,
+            threshold,
+            own,
+            with_report,
+            hparams["audio_bs"],
+            device=run_opts["device"],
+            precision=precision,
+            axes=axes,
+            rows=(first, last),
+            progress=bar.update,
+        )
+        best = best_per_audio(batches, kinds, per_audio)
+        path = f"{base_of(hparams)}_pairs.partial"
+        yield from gathered(best, path, most)
+    tally.start(threshold)
+    for other in all_of(own):
+        tally.absorb(other)
+
+
+def base_of(hparams):
+    """What the paths of all results begin with."""
+    return os.path.join(hparams["emb_dir"], hparams["curation_name"])
+
+
+def makes_report(hparams):
+    """Whether there will be one, for which all similarities are counted."""
+    return hparams["with_report"] or hparams["dry_run"]
+
+
+def chosen_pairs(find, tally, captions, hparams):
+    """The pairs that the command line asks for.
+
+    Arguments
+    ---------
+    find : callable
+        `search`, from its threshold on.
+    tally : curation.tally.Tally
+        That of `find`.
+    captions : pandas.Series
+        All captions.
+    hparams : dict
+
+    Returns
+    -------
+    float
+        The threshold that they reach.
+    iterable of tuple of array
+        The pairs, in the main process alone. `tally` is of them all once they
+        have been taken.
+    """
     threshold, target = hparams["sim_threshold"], hparams["target_pairs"]
     per_audio = hparams["max_captions_per_audio"]
     per_caption = hparams["max_audios_per_caption"]
     kinds = None
     if per_audio is not None or per_caption is not None:
         # A caption that is listed twice must not take two places.
-        kinds = pd.factorize(text.manifest["caption"])[0]
-    max_pairs = None if dry_run else hparams["max_pairs"]
+        kinds = pd.factorize(captions)[0]
     if target is None:
-        most = max_pairs if per_caption is None else None
-        batches = search(threshold, with_report, kinds, per_audio, most)
+        stops = per_caption is None and not hparams["dry_run"]
+        most = hparams["max_pairs"] if stops else None
+        batches = find(threshold, makes_report(hparams), kinds, per_audio, most)
     else:
-        for _ in search(np.inf, True):
+        for _ in find(np.inf, True):
             pass
         start = lowest_start(tally, target)
-        threshold, pairs = best_on_grid(search(start, False), start, target)
+        threshold, pairs = best_on_grid(find(start, False), start, target)
         logger.info(
             "--target_pairs=%d: the threshold is %g, in place of "
             "--sim_threshold=%g; %d pairs reach it",
@@ -599,15 +608,33 @@ def retrieve(audio, text, hparams, run_opts):
         batches = best_per_audio([pairs], kinds, per_audio)
     if per_caption is not None:
         batches = best_per_caption(batches, kinds, per_caption)
+    return threshold, batches
+
+
+def write_pairs(batches, audio, text, hparams):
+    """Write the CSV file, but for --dry_run, in the main process.
+
+    Arguments
+    ---------
+    batches : generator of tuple of array
+        The pairs.
+    audio, text : curation.embeddings.Embeddings
+        The stores.
+    hparams : dict
+
+    Returns
+    -------
+    PairSink
+        It has seen them all.
+    """
+    base = base_of(hparams)
+    writes = if_main_process() and not hparams["dry_run"]
     path = f"{base}_curation.csv"
-    writes = is_main and not dry_run
     with (
         written_whole(path) if writes else contextlib.nullcontext() as file,
         contextlib.closing(batches),
     ):
-        sink = PairSink(audio, text, file, max_pairs)
-        if writes:
-            file.write(HEADER)
+        sink = PairSink(audio, text, file, hparams["max_pairs"])
         for pairs in batches:
             sink.add(*pairs)
         if writes:
@@ -615,33 +642,58 @@ def retrieve(audio, text, hparams, run_opts):
             for suffix in ("json", "png"):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(f"{base}_report.{suffix}")
-    if not is_main:
+    return sink
+
+
+def write_report(report, hparams):
+    """Write a report for programs (JSON) and for eyes (PNG)."""
+    base, title = base_of(hparams), hparams["curation_name"]
+    write_json(report, f"{base}_report.json")
+    if hparams["dry_run"]:
+        title = f"{title}, dry run"
+    figure = report_figure(report, title)
+    with (
+        written_whole(f"{base}_report.png") as file,
+        warnings.catch_warnings(),
+    ):
+        # Those that fonts lack are boxes, of any number.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(file, format="png", dpi=100)
+
+
+def retrieve(audio, text, hparams, run_opts):
+    """Search, write the pairs and the report.
+
+    Arguments
+    ---------
+    audio, text : curation.embeddings.Embeddings
+        The stores.
+    hparams, run_opts : dict
+        As `experiment.start` gives them.
+    """
+    tally, captions = Tally(len(text)), text.manifest["caption"]
+    find = functools.partial(search, audio, text, tally, hparams, run_opts)
+    threshold, batches = chosen_pairs(find, tally, captions, hparams)
+    sink = write_pairs(batches, audio, text, hparams)
+    if not if_main_process():
         return
     unit = "windows" if has_windows(audio.manifest) else "clips"
+    num_captions = int((sink.kept > 0).sum())
     by_class = pairs_by_class(text.manifest, sink.kept)
-    if with_report:
-        captions = text.manifest["caption"].tolist()
+    if makes_report(hparams):
         report = make_report(
-            tally, len(audio), threshold, sink.kept, captions, unit
+            tally, len(audio), threshold, sink.kept, captions.tolist(), unit
         )
         report["kept"] = {
             "pairs": sink.pairs,
             unit: sink.audios,
-            "captions": int((sink.kept > 0).sum()),
+            "captions": num_captions,
         }
         if by_class:
             report["kept"]["pairs_by_class"] = by_class
         # Or it would pass for that of a CSV file from another run.
-        report["dry_run"] = dry_run
-        write_json(report, f"{base}_report.json")
-        figure = report_figure(report, f"{name}, dry run" if dry_run else name)
-        with (
-            written_whole(f"{base}_report.png") as file,
-            warnings.catch_warnings(),
-        ):
-            # Those that fonts lack are boxes, of any number.
-            warnings.filterwarnings("ignore", message="Glyph .* missing")
-            figure.savefig(file, format="png", dpi=100)
+        report["dry_run"] = hparams["dry_run"]
+        write_report(report, hparams)
     if not sink.pairs:
         logger.warning(
             "No pair reaches the threshold %g: the highest similarity is %.6f",
@@ -649,31 +701,31 @@ def retrieve(audio, text, hparams, run_opts):
             tally.highest,
         )
     logger.info(
-        "%d pairs of %d %s and %d captions at the threshold %g. See %s",
+        "%d pairs of %d %s and %d captions at the threshold %g. See %s_%s",
         sink.pairs,
         sink.audios,
         unit,
-        (sink.kept > 0).sum(),
+        num_captions,
         threshold,
-        f"{base}_report.png" if dry_run else path,
+        base_of(hparams),
+        "report.png" if hparams["dry_run"] else "curation.csv",
     )
 
 
 def main(argv):
     """Retrieve as the command line says."""
-    # Before the start, which drops options, and needs a place for its logs.
-    _, options, overrides = experiment.parse_arguments(argv)
-    keys = ("precision", "eval_precision", "auto_mix_prec")
-    for key in (*keys, "bfloat16_mix_prec"):
-        if key in options:
-            raise SystemExit(f"--{key}: give --search_precision to this script")
-    if not os.path.isdir(overrides.get("emb_dir") or ""):
-        raise SystemExit(
-            "Name the embeddings: --emb_dir=<output_folder>/save of "
-            "microsoft_curation_toemb.py"
-        )
+    of_networks = ("precision", "eval_precision", "auto_mix_prec")
     hparams, run_opts = experiment.start(
-        argv, needs="aud_ds_path", keeps_memory=False
+        argv,
+        needs="aud_ds_path",
+        required={
+            "emb_dir": "<output_folder>/save of microsoft_curation_toemb.py"
+        },
+        refused={"debug": "give --dry_run=True"}
+        | dict.fromkeys(
+            (*of_networks, "bfloat16_mix_prec"), "give --search_precision"
+        ),
+        keeps_memory=False,
     )
     check_settings(hparams, run_opts["device"])
     folder = hparams["emb_dir"]

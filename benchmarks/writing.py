@@ -30,7 +30,7 @@ from benchmarks.measure import (
     show,
 )
 from curation.embeddings import Embeddings, Manifest
-from retrieve_from_emb_thresh import HEADER, PairSink
+from retrieve_from_emb_thresh import PairSink
 
 PAIRS_A_CLIP = 10
 CAPTIONS = 20000
@@ -100,7 +100,6 @@ def ours(audio, text, rows, texts, values, path):
         for x in (audio, text)
     )
     with open(path, "wb") as file:
-        file.write(HEADER)
         sink = PairSink(*stores, file)
         for i in range(0, len(rows), BATCH):
             sink.add(*(part[i : i + BATCH] for part in (rows, texts, values)))

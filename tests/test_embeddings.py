@@ -1332,6 +1332,7 @@ def test_nothing_reaches_the_threshold(embed, choose_captions):
         ({"min_captions_per_class": 1.5}, "--min_captions_per_class=1.5"),
         ({"dataset": "a/b"}, "--dataset=a/b: .* a name without /"),
         ({"bfloat16_mix_prec": True}, "give --precision"),
+        ({"debug": True}, "--debug is not taken: give few captions"),
         ({"text_prompt": "[]"}, "--text_prompt=.*: give a text"),
     ],
 )

@@ -386,8 +386,55 @@ def test_options_that_need_a_gpu(monkeypatch, caplog):
     ],
 )
 def test_options_that_are_not_taken(key):
-    with pytest.raises(SystemExit, match=f"^--{key} is not taken: "):
-        experiment.fit_to_device({key: True, "compile": True})
+    for path in ("insper/microsoft_clap_train", "esc/microsoft_zeroshot"):
+        needs = "opt_class" if "train" in path else "folds"
+        argv = [f"{ROOT}/hparams/{path}.yaml", f"--{key}=True", "--compile"]
+        with pytest.raises(SystemExit, match=f"^--{key} is not taken: "):
+            experiment.start(argv, needs)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--test_only=True",
+        "--grad_accumulation_factor=4",
+        "--data_parallel_backend",
+        "--auto_mix_prec",
+        "--bfloat16_mix_prec",
+    ],
+)
+@pytest.mark.parametrize(
+    ("path", "needs"),
+    [
+        ("esc/microsoft_zeroshot", "folds"),
+        ("curation/microsoft_audioset_insper_toemb", "audio_pathfile"),
+        ("curation/audioset_insper_duv2_retr", "aud_ds_path"),
+        ("curation/esc_insper_t2t_retr", "target_csv_path"),
+    ],
+)
+def test_options_of_training_are_for_training(flag, path, needs):
+    key = flag[2:].partition("=")[0]
+    with pytest.raises(
+        SystemExit, match=f"^--{key} is not taken: it is of training"
+    ):
+        experiment.start([f"{ROOT}/hparams/{path}.yaml", flag], needs)
+
+
+def test_a_file_is_no_folder(yaml_file):
+    with pytest.raises(SystemExit, match="--data_folder=.* is no folder"):
+        experiment.parse_arguments([yaml_file, f"--data_folder={yaml_file}"])
+
+
+def test_what_a_script_cannot_begin_without(yaml_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match="^Give --data_folder: clips$"):
+        experiment.start(
+            [f"{ROOT}/hparams/esc/microsoft_zeroshot.yaml"],
+            needs="folds",
+            required={"data_folder": "clips"},
+        )
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_how_to_compile_goes_with_compiling(caplog):
@@ -424,10 +471,7 @@ def test_the_precision_of_scripts_that_only_evaluate(key):
     assert run_opts == {"device": "cpu"}
 
 
-@pytest.mark.parametrize("key", ["auto_mix_prec", "bfloat16_mix_prec"])
-def test_precisions_that_scripts_that_only_evaluate_refuse(key):
-    with pytest.raises(SystemExit, match=f"^--{key} .*: give --precision"):
-        experiment.take_precision({key: True})
+def test_scripts_that_only_evaluate_have_one_precision():
     both = {"precision": "bf16", "eval_precision": "bf16"}
     with pytest.raises(SystemExit, match="--eval_precision .*: give one"):
         experiment.take_precision(both)
@@ -595,7 +639,8 @@ def test_there_are_documented_commands():
 @pytest.mark.parametrize("command", documented_commands())
 def test_documented_commands_have_no_wrong_flag(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(os.path, "exists", lambda _: True)
+    for look in ("exists", "isdir"):
+        monkeypatch.setattr(os.path, look, lambda _: True)
     # It raises for those.
     _, _, overrides = experiment.parse_arguments(shlex.split(command))
     assert overrides

@@ -81,7 +81,6 @@ def run(folder, monkeypatch):
     """Runs the script; returns rows of the CSV and the report, or None."""
     # Several rounds of parts of lines, as in a large search.
     monkeypatch.setattr(script, "_LINES_AT_ONCE", 7)
-    monkeypatch.setattr(script, "_LINE_THREADS", 3)
     monkeypatch.setattr("curation.embeddings._ROWS_AT_ONCE", 6)
     monkeypatch.setattr("files._PIECE_ROWS", 13)
 
@@ -112,6 +111,7 @@ def expected_rows(pairs, naive, audio):
     for i, (a, t) in enumerate(pairs):
         times = [audio[name][a] for name in ("start", "end")]
         cells = ["" if np.isnan(time) else str(time) for time in times]
+        cells = [cell.removesuffix(".0") for cell in cells]
         value = f"{naive[a, t]:.6f}"
         rows.append([str(i), audio["wav_path"][a], CAPTIONS[t], value, *cells])
     return rows
@@ -478,7 +478,7 @@ def test_picture_shows_the_threshold_and_captions_as_they_are(run):
 
 
 def test_flags_that_make_no_sense(run):
-    with pytest.raises(SystemExit, match="Name the embeddings: --emb_dir"):
+    with pytest.raises(SystemExit, match="^Give --emb_dir: "):
         run(emb_dir="")
     for name, value in {
         "sim_threshold": "high",
@@ -501,8 +501,13 @@ def test_flags_that_make_no_sense(run):
 ])  # fmt: skip
 def test_precisions_of_networks_are_refused(run, flag):
     [name] = flag
-    with pytest.raises(SystemExit, match=f"^--{name}: .* --search_precision"):
+    with pytest.raises(SystemExit, match=f"^--{name} .* --search_precision"):
         run(**flag)
+
+
+def test_there_is_a_dry_run_and_no_other(run):
+    with pytest.raises(SystemExit, match="^--debug .* --dry_run=True"):
+        run(debug=True)
 
 
 def test_stores_of_different_size_are_refused(run, folder):
