@@ -8,6 +8,8 @@ import io
 import json
 import os
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 
@@ -265,6 +267,56 @@ def _check_columns(names, columns):
         )
     if len(set(names)) < len(names):
         raise ValueError(f"it has two columns of one name: {names}")
+
+
+def check_paths(table, source, first_row=2):
+    """Raise ValueError if a row of a table has no `wav_path`.
+
+    Arguments
+    ---------
+    table : pandas.DataFrame
+        As `read_table` returns it, or a piece of `read_pieces`.
+    source : str
+        What the message begins with.
+    first_row : int
+        Number of its first row; 1 is the header, as a spreadsheet counts.
+    """
+    paths = table["wav_path"]
+    empty = np.flatnonzero((paths == "") | paths.str.isspace())
+    if len(empty):
+        raise ValueError(
+            f"{source}: row {first_row + empty[0]} has no wav_path"
+        )
+
+
+def take_times(table, source, first_row=2):
+    """Make seconds of the texts of `start` and `end`, where these are there.
+
+    Arguments
+    ---------
+    table : pandas.DataFrame
+        Changed in place: NaN where the text is empty.
+    source, first_row
+        As `check_paths` takes them.
+
+    Raises
+    ------
+    ValueError
+        One is no number of seconds from 0 on.
+    """
+    for name in table.columns.intersection(["start", "end"]):
+        # Few windows begin or end at a time of their own.
+        which, texts = pd.factorize(table[name])
+        seconds = pd.to_numeric(texts, errors="coerce").to_numpy(float)
+        is_time = (seconds >= 0) & (seconds < np.inf)
+        wrong = np.flatnonzero(~is_time & (texts.str.strip() != ""))
+        if len(wrong):
+            row = first_row + np.argmax(which == wrong[0])
+            raise ValueError(
+                f"{source}: row {row} has the {name} '{texts[wrong[0]]}', "
+                "which is no number of seconds from 0 on"
+            )
+        table[name] = seconds[which]
 
 
 def read_lines(path):

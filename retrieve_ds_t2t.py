@@ -12,13 +12,12 @@ ADS curation matches audio with. Another task than esc, tut and us8k gives its
 class names as --class_path=classes.txt and its name as --dataset.
 """
 
-import heapq
-import itertools
 import logging
 import os
 import sys
 
 import numpy as np
+import pandas as pd
 import speechbrain as sb
 from speechbrain.utils.autocast import AMPConfig
 
@@ -176,61 +175,27 @@ def choose(similarities, captions, threshold, min_captions_per_class):
     is_kept = reach.any(axis=1)
     chosen = {int(i): int(nearest[i]) for i in np.flatnonzero(is_kept)}
     is_first = ~captions.duplicated().to_numpy()
-    counts = reach[is_first].sum(axis=0)
+    lacking = min_captions_per_class - reach[is_first].sum(axis=0)
+    lacking = np.maximum(lacking, 0)
     free = np.flatnonzero(is_first & ~is_kept)
-
-    def places(k):
-        for i in _nearest_first(similarities[:, k], free):
-            if counts[k] >= min_captions_per_class:
-                return
-            yield -similarities[i, k], i, k
-
-    short = np.flatnonzero(counts < min_captions_per_class).tolist()
-    for _, i, k in heapq.merge(*(places(k) for k in short)):
-        if counts[k] < min_captions_per_class and i not in chosen:
+    places = []
+    for k in np.flatnonzero(lacking).tolist():
+        # Other classes take no more of a class's nearest than they lack.
+        best = pd.Series(similarities[free, k], free).nlargest(lacking.sum())
+        places += [(-similarity, i, k) for i, similarity in best.items()]
+    for _, i, k in sorted(places):
+        if lacking[k] and i not in chosen:
             chosen[i] = k
-            counts[k] += 1
-    short = np.flatnonzero(counts < min_captions_per_class)
-    if len(short):
+            lacking[k] -= 1
+    if lacking.any():
         logger.warning(
             "There are too few captions to give --min_captions_per_class=%d to "
             "each class: %d classes have fewer",
             min_captions_per_class,
-            len(short),
+            np.count_nonzero(lacking),
         )
     rows = np.array(sorted(chosen), dtype=int)
     return rows, np.array([chosen[i] for i in rows], dtype=int)
-
-
-def _nearest_first(similarities, rows):
-    """Some rows by falling similarity, lower ones first if equal, lazily.
-
-    Few are looked at of very many, so that they are not all sorted.
-
-    Arguments
-    ---------
-    similarities : array
-        (captions,).
-    rows : array of int
-        Those to yield, ascending.
-
-    Yields
-    ------
-    int
-    """
-    begin, size = 0, 64
-    while begin < len(rows):
-        size = min(size, len(rows))
-        found = _highest(similarities, rows, size)
-        yield from found[begin:].tolist()
-        begin, size = len(found), 16 * size
-
-
-def _highest(similarities, rows, count):
-    """The rows of the highest similarities, and all that equal the last."""
-    values = similarities[rows]
-    found = rows[values >= np.partition(values, -count)[-count]]
-    return found[np.argsort(-similarities[found], kind="stable")]
 
 
 def report(similarities, rows, classes, labels, captions, threshold):
@@ -253,10 +218,8 @@ def report(similarities, rows, classes, labels, captions, threshold):
     lines = [f"{'class':24}{'captions':>9}{'best':>8}  nearest"]
     distinct = np.flatnonzero(~captions.duplicated())
     for k, label in enumerate(labels):
-        shown = itertools.islice(
-            _nearest_first(similarities[:, k], distinct), 3
-        )
-        nearest = " | ".join(captions.iloc[row][:60] for row in shown)
+        shown = pd.Series(similarities[distinct, k], distinct).nlargest(3)
+        nearest = " | ".join(captions.iloc[row][:60] for row in shown.index)
         best = similarities[:, k].max()
         lines.append(f"{label:24}{counts[k]:>9}{best:>8.3f}  {nearest}")
     logger.info("Captions by class\n%s", "\n".join(lines))

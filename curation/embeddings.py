@@ -30,9 +30,11 @@ from tqdm import tqdm
 
 from files import (
     alone,
+    check_paths,
     read_lines,
     read_pieces,
     read_table,
+    take_times,
     write_cells,
     write_json,
     written_whole,
@@ -326,13 +328,8 @@ def _read_manifest(path, column):
     row = 2  # row 1 is the header, as a spreadsheet counts
     for piece in pieces:
         if column == "wav_path":
-            paths = piece["wav_path"]
-            empty = np.flatnonzero((paths == "") | paths.str.isspace())
-            if len(empty):
-                raise ValueError(
-                    f"{path}: row {row + empty[0]} has no wav_path"
-                )
-        _read_times(piece, path, row)
+            check_paths(piece, path, row)
+        take_times(piece, path, row)
         yield piece
         row += len(piece)
 
@@ -345,23 +342,6 @@ def _listed(path):
         some = list(itertools.islice(lines, _ROWS_AT_ONCE))
         if not some:
             return
-
-
-def _read_times(table, source, first_row=2):
-    """Make seconds of the texts of `start` and `end`, where these are there."""
-    for name in table.columns.intersection(["start", "end"]):
-        # Few windows begin or end at a time of their own.
-        which, texts = pd.factorize(table[name])
-        seconds = pd.to_numeric(texts, errors="coerce").to_numpy(float)
-        is_time = (seconds >= 0) & (seconds < np.inf)
-        wrong = np.flatnonzero(~is_time & (texts.str.strip() != ""))
-        if len(wrong):
-            row = first_row + np.argmax(which == wrong[0])
-            raise ValueError(
-                f"{source}: row {row} has the {name} '{texts[wrong[0]]}', "
-                "which is no number of seconds from 0 on"
-            )
-        table[name] = seconds[which]
 
 
 def read_record(path, keys):
@@ -972,7 +952,7 @@ def read_captions(path, flag):
     except ValueError as error:
         raise ValueError(f"--{flag}={error}") from error
     if "wav_path" in table:
-        _read_times(table, f"--{flag}={path}")
+        take_times(table, f"--{flag}={path}")
     # As in training; a line end in a cell would not survive every reader.
     table["caption"] = [" ".join(c.split()) for c in table["caption"]]
     empty = table["caption"] == ""

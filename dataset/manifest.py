@@ -14,7 +14,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from dataset.audio import AudioError, probe_seconds
-from files import read_table
+from files import check_paths, read_table, take_times
 
 # Headers wait for the disk, not the processor.
 _THREADS = 16
@@ -58,11 +58,9 @@ def read_pairs(path, flag=None, audio_folder=None):
         raise ValueError(f"{given}{error}") from error
     if frame.empty:
         raise ValueError(f"{given}{path} has no rows")
-    empty = frame.index[frame["wav_path"].str.strip() == ""]
-    if len(empty):
-        # Row 1 is the header, as a spreadsheet counts.
-        raise ValueError(f"{given}{path}: row {empty[0] + 2} has no wav_path")
-    _read_times(frame, f"{given}{path}")
+    check_paths(frame, f"{given}{path}")
+    take_times(frame, f"{given}{path}")
+    _check_ends(frame, f"{given}{path}")
     if "ID" not in frame:
         frame["ID"] = [str(i) for i in range(len(frame))]
     folder = os.path.abspath(audio_folder or os.path.dirname(path) or ".")
@@ -74,19 +72,8 @@ def read_pairs(path, flag=None, audio_folder=None):
     return frame[first + [c for c in frame.columns if c not in first]]
 
 
-def _read_times(frame, source):
-    """Make seconds of the texts of `start` and `end`, where these are there."""
-    for name in frame.columns.intersection(["start", "end"]):
-        seconds = pd.to_numeric(frame[name], errors="coerce")
-        is_time = seconds.between(0, math.inf, inclusive="left")
-        wrong = frame.index[~is_time & (frame[name].str.strip() != "")]
-        if len(wrong):
-            raise ValueError(
-                f"{source}: row {wrong[0] + 2} has the {name} "
-                f"'{frame[name][wrong[0]]}', which is no number of seconds "
-                "from 0 on"
-            )
-        frame[name] = seconds
+def _check_ends(frame, source):
+    """Have a `start` where there is an `end`, which must not be before it."""
     if "end" not in frame:
         return
     if "start" not in frame:
