@@ -429,15 +429,7 @@ def parse_arguments(argv):
         del options[key]
     known = sorted(defaults.keys() | options.keys())
     run_opts, overrides = {}, {}
-    while tokens:
-        token = tokens.pop(0)
-        key, equals, value = token.removeprefix("--").partition("=")
-        if not token.startswith("--"):
-            raise SystemExit(f"'{token}' is no flag; flags are --key=value")
-        if not equals:
-            is_switch = isinstance(options.get(key, defaults.get(key)), bool)
-            given = tokens and not tokens[0].startswith("--")
-            value = tokens.pop(0) if given else "True" if is_switch else ""
+    for key, text in _flags(tokens, defaults | options):
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             raise SystemExit(
@@ -451,20 +443,7 @@ def parse_arguments(argv):
                 "--save_folder is always <output_folder>/save, where resumed "
                 "runs and other scripts look for it: give --output_folder"
             )
-        text = _at_home(key, value)
-        if _REFERENCE.search(text):
-            raise SystemExit(
-                f"--{key}={text}: <...> stands for another key in YAML files; "
-                "rename it, or link to it by another name"
-            )
-        value = _parse_value(key, text)
-        is_text = isinstance(defaults.get(key), str) or _is_path(key)
-        is_list = isinstance(value, list) and key != "text_prompt"
-        if is_text and (
-            is_list or isinstance(value, bool | int | float | dict)
-        ):
-            # The experiment 007 is not the experiment 7, and {} is a prompt.
-            value = text
+        value = _value_of(key, text, defaults.get(key))
         if value is None:
             if defaults.get(key) is not None:
                 logger.warning(
@@ -755,6 +734,38 @@ def _top_level(hparams_file, changes=None):
     with open(hparams_file, encoding="utf-8") as file:
         changes = copy.deepcopy(changes)
         return ruamel.yaml.YAML().load(resolve_references(file, changes))
+
+
+def _flags(tokens, defaults):
+    """Keys and texts of a command line; a switch alone is True."""
+    tokens = list(tokens)
+    while tokens:
+        token = tokens.pop(0)
+        key, equals, text = token.removeprefix("--").partition("=")
+        if not token.startswith("--"):
+            raise SystemExit(f"'{token}' is no flag; flags are --key=value")
+        if not equals:
+            is_switch = isinstance(defaults.get(key), bool)
+            given = tokens and not tokens[0].startswith("--")
+            text = tokens.pop(0) if given else "True" if is_switch else ""
+        yield key, text
+
+
+def _value_of(key, text, default):
+    """A flag's value, in the kind of its default; None if it is empty."""
+    text = _at_home(key, text)
+    if _REFERENCE.search(text):
+        raise SystemExit(
+            f"--{key}={text}: <...> stands for another key in YAML files; "
+            "rename it, or link to it by another name"
+        )
+    value = _parse_value(key, text)
+    is_text = isinstance(default, str) or _is_path(key)
+    is_list = isinstance(value, list) and key != "text_prompt"
+    if is_text and (is_list or isinstance(value, bool | int | float | dict)):
+        # The experiment 007 is not the experiment 7, and {} is a prompt.
+        return text
+    return value
 
 
 def _is_path(key):
