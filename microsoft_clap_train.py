@@ -47,13 +47,7 @@ from torch.utils.data import DataLoader
 import experiment
 from dataset.manifest import probe_audio, read_pairs
 from dataset.mixing import MixedBatchSampler
-from dataset.pipelines import (
-    PairCollator,
-    PairDataset,
-    WindowDataset,
-    batches_of_windows,
-    collate_windows,
-)
+from dataset.pipelines import PairCollator, PairDataset, window_loader
 from files import write_csv, write_json, written_whole
 from models.losses import (
     contrastive_loss,
@@ -361,7 +355,6 @@ class CLAPBrain(sb.Brain):
                 self.hparams.tokenizer,
                 texts,
                 self.hparams.text_prompt,
-                self.device,
             )
             for batch in loader:
                 self.note_unreadable(
@@ -369,10 +362,7 @@ class CLAPBrain(sb.Brain):
                     self.zeroshot_unreadable,
                     len(paths),
                 )
-                if not batch.rows:
-                    continue
-                windows = batch.windows.to(self.device, non_blocking=True)
-                clips = clip_embeddings(clap, windows, batch.counts)
+                clips = clip_embeddings(clap, batch.windows, batch.counts)
                 scores = class_scores(clips, classes)
                 guesses = scores.argmax(dim=1).cpu().numpy()
                 correct += int((guesses == true_classes[batch.rows]).sum())
@@ -781,13 +771,8 @@ def make_zeroshot_set(brain, data, manifests):
     _, unreadable = probe_audio(paths, hides_bar=not if_main_process())
     brain.note_unreadable(unreadable, brain.zeroshot_unreadable, len(paths))
     run_on_main(warn_of_trained_on, args=[paths, manifests])
-    loader = DataLoader(
-        WindowDataset(paths, hparams.reader),
-        batch_sampler=batches_of_windows(
-            paths, hparams.reader, hparams.batch_size, hides_bar=True
-        ),
-        collate_fn=collate_windows,
-        **loader_options(brain),
+    loader = window_loader(
+        paths, hparams.reader, hparams.batch_size, **loader_options(brain)
     )
     return loader, data.true_classes(), data.labels["text"].tolist()
 

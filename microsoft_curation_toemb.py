@@ -74,17 +74,16 @@ class EmbeddingBrain(sb.Brain):
     @torch.inference_mode()
     def embed_audio(self, batch):
         """WindowBatch -> (items, d_proj) unit-norm."""
-        if not batch.rows:  # nothing could be read
-            return torch.empty(0, self.hparams.clap.d_proj)
         with self.training_ctx:
-            windows = batch.windows.to(self.device, non_blocking=True)
-            return clip_embeddings(self.modules.clap, windows, batch.counts)
+            return clip_embeddings(
+                self.modules.clap, batch.windows, batch.counts
+            )
 
     def embed_text(self, captions):
         """List of captions -> (captions, d_proj) unit-norm."""
         with self.training_ctx:
             return text_embeddings(
-                self.modules.clap, self.hparams.tokenizer, captions, self.device
+                self.modules.clap, self.hparams.tokenizer, captions
             )
 
     def settings(self, **more):

@@ -20,14 +20,9 @@ import pandas as pd
 import speechbrain as sb
 import torch
 from matplotlib.figure import Figure
-from torch.utils.data import DataLoader
 
 import experiment
-from dataset.pipelines import (
-    WindowDataset,
-    batches_of_windows,
-    collate_windows,
-)
+from dataset.pipelines import window_loader
 from files import write_csv, write_json, written_whole
 from models.zeroshot import (
     bootstrap_interval,
@@ -56,15 +51,11 @@ class ZeroShotBrain(sb.Brain):
                 self.hparams.tokenizer,
                 self.data.labels["text"].tolist(),
                 self.hparams.text_prompt,
-                self.device,
             )
 
     def compute_forward(self, batch, stage):
         """WindowBatch -> cosine similarities (clips, classes)."""
-        if not batch.rows:
-            return torch.empty(0, len(self.classes))
-        windows = batch.windows.to(self.device, non_blocking=True)
-        clips = clip_embeddings(self.modules.clap, windows, batch.counts)
+        clips = clip_embeddings(self.modules.clap, batch.windows, batch.counts)
         return class_scores(clips, self.classes).cpu()
 
     def compute_objectives(self, predictions, batch, stage):
@@ -272,13 +263,10 @@ def main(argv):
         brain.data = brain.data.of_folds(hparams["folds"], "folds")
     brain.truth = brain.data.true_classes()
     brain.weights = hparams["load_weights"]()
-    paths = brain.data.clips["wav_path"]
-    loader = DataLoader(
-        WindowDataset(paths, hparams["reader"]),
-        batch_sampler=batches_of_windows(
-            paths, hparams["reader"], hparams["batch_size"], hides_bar=True
-        ),
-        collate_fn=collate_windows,
+    loader = window_loader(
+        brain.data.clips["wav_path"],
+        hparams["reader"],
+        hparams["batch_size"],
         num_workers=hparams["num_workers"],
         pin_memory=brain.device_type == "cuda",
     )

@@ -49,7 +49,7 @@ class CaptionBrain(sb.Brain):
         """List of captions -> (captions, d_proj) unit-norm."""
         with self.evaluation_ctx:
             return text_embeddings(
-                self.modules.clap, self.hparams.tokenizer, captions, self.device
+                self.modules.clap, self.hparams.tokenizer, captions
             )
 
     def embed_classes(self, texts):
@@ -60,7 +60,6 @@ class CaptionBrain(sb.Brain):
                 self.hparams.tokenizer,
                 texts,
                 self.hparams.text_prompt,
-                self.device,
             )
         return embeddings.half().double().cpu().numpy()
 

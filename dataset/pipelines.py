@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dataset.audio import AudioError
 from dataset.manifest import of_headers
@@ -317,4 +317,29 @@ def collate_windows(examples):
         counts=[len(w) for w in windows],
         starts=list(starts),
         unreadable={row: why for row, _, _, why in examples if why is not None},
+    )
+
+
+def window_loader(wav_paths, reader, size, **options):
+    """Loader of whole clips, in order, so many windows a batch at most.
+
+    Arguments
+    ---------
+    wav_paths, reader, size
+        As `batches_of_windows`.
+    **options
+        Of the loader.
+
+    Returns
+    -------
+    torch.utils.data.DataLoader
+        Its batches are `WindowBatch`es.
+    """
+    return DataLoader(
+        WindowDataset(wav_paths, reader),
+        batch_sampler=batches_of_windows(
+            wav_paths, reader, size, hides_bar=True
+        ),
+        collate_fn=collate_windows,
+        **options,
     )

@@ -29,7 +29,7 @@ def prompted(template, text):
 
 
 @torch.no_grad()
-def text_embeddings(clap, tokenize, texts, device):
+def text_embeddings(clap, tokenize, texts):
     """Embeddings of texts, as one batch.
 
     Arguments
@@ -40,24 +40,23 @@ def text_embeddings(clap, tokenize, texts, device):
         List of str -> dict of token tensors.
     texts : list of str
         Captions or prompted class names.
-    device : str
-        Where the model is.
 
     Returns
     -------
     torch.Tensor
-        (texts, d_proj) fp32, unit-norm.
+        (texts, d_proj) fp32, unit-norm, where the model is.
     """
+    device = clap.logit_scale.device
     tokens = {k: v.to(device) for k, v in tokenize(texts).items()}
     return clap.encode_text(tokens)
 
 
-def class_embeddings(clap, tokenize, texts, templates, device):
+def class_embeddings(clap, tokenize, texts, templates):
     """Embeddings of classes: the renormalised mean over the templates.
 
     Arguments
     ---------
-    clap, tokenize, device
+    clap, tokenize
         As `text_embeddings`.
     texts : list of str
         Names of the classes.
@@ -67,14 +66,14 @@ def class_embeddings(clap, tokenize, texts, templates, device):
     Returns
     -------
     torch.Tensor
-        (classes, d_proj) fp32, unit-norm.
+        (classes, d_proj) fp32, unit-norm, where the model is.
     """
     if isinstance(templates, str):
         templates = [templates]
     total = 0
     for template in templates:
         prompts = [prompted(template, text) for text in texts]
-        total = total + text_embeddings(clap, tokenize, prompts, device)
+        total = total + text_embeddings(clap, tokenize, prompts)
     return F.normalize(total, dim=-1)
 
 
@@ -87,15 +86,20 @@ def clip_embeddings(clap, windows, counts):
     clap : models.clap.CLAP
         In eval mode.
     windows : torch.Tensor
-        (sum of counts, samples), the windows of clip after clip.
+        (sum of counts, samples), the windows of clip after clip; of
+        any shape where there are none.
     counts : list of int
         Windows of each clip.
 
     Returns
     -------
     torch.Tensor
-        (clips, d_proj) fp32, unit-norm.
+        (clips, d_proj) fp32, unit-norm, where the model is.
     """
+    device = clap.logit_scale.device
+    if not counts:
+        return torch.empty(0, clap.d_proj, device=device)
+    windows = windows.to(device, non_blocking=True)
     size = max(WINDOWS_AT_ONCE, len(counts))
     embeddings = torch.cat(
         [clap.encode_audio(part) for part in windows.split(size)]

@@ -33,6 +33,7 @@ from models.zeroshot import (
     bootstrap_interval,
     class_embeddings,
     class_scores,
+    clip_embeddings,
     prompted,
 )
 
@@ -200,13 +201,18 @@ def test_weights_and_prompts_are_on_record(evaluate, folder):
 def test_prompts_are_averaged(clap, text_model):
     tokenize = CaptionTokenizer(text_model)
     templates = [PROMPT, "the {} barks"]
-    found = class_embeddings(clap, tokenize, ["dog", "rain"], templates, "cpu")
+    found = class_embeddings(clap, tokenize, ["dog", "rain"], templates)
     with torch.no_grad():
         for i, name in enumerate(("dog", "rain")):
             texts = [f"this is a sound of {name}", f"the {name} barks"]
             mean = sum(clap.encode_text(tokenize([t]))[0] for t in texts)
             torch.testing.assert_close(found[i], F.normalize(mean, dim=0))
     assert prompted("a ", "b") == prompted("a", "b") == prompted("a {}", "b")
+
+
+def test_a_batch_without_clips_has_no_embeddings(clap):
+    found = clip_embeddings(clap, torch.empty(0), [])
+    assert found.shape == (0, NETWORK["d_proj"])
 
 
 def test_prompt_flags(evaluate):
