@@ -373,6 +373,32 @@ def check_prompt(hparams):
         )
 
 
+def rank_and_world_size():
+    """This process's number, and how many there are."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def of_all_processes(value):
+    """What each process has, in a list in order of rank, in each of them.
+
+    Arguments
+    ---------
+    value : object
+        What this process has; it is pickled.
+
+    Returns
+    -------
+    list
+    """
+    _, world_size = rank_and_world_size()
+    values = [value] * world_size
+    if world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def finish():
     """The last step of a script that torchrun may have started.
 

@@ -292,8 +292,9 @@ class CLAPBrain(sb.Brain):
             seconds = time.perf_counter() - self.start_time
             pairs = self.train_sampler.global_batch_size
             steps = (epoch - 1) * len(self.train_sampler) + self.step
-            losses = self.of_all_processes(float(stage_loss))
-            for unreadable in self.of_all_processes(dict(self.unreadable)):
+            losses = experiment.of_all_processes(float(stage_loss))
+            of_each = experiment.of_all_processes(dict(self.unreadable))
+            for unreadable in of_each:
                 self.note_unreadable(
                     unreadable, self.unreadable, self.num_clips
                 )
@@ -307,15 +308,6 @@ class CLAPBrain(sb.Brain):
             }
         else:
             self.end_epoch(epoch, float(stage_loss))
-
-    @staticmethod
-    def of_all_processes(value):
-        """What each process has, in a list."""
-        _, world_size = rank_and_world_size()
-        values = [value] * world_size
-        if world_size > 1:
-            torch.distributed.all_gather_object(values, value)
-        return values
 
     def end_epoch(self, epoch, valid_loss):
         """Anneal the learning rate, log the epoch and save a checkpoint."""
@@ -566,7 +558,7 @@ def check_flags(hparams):
     counts = ["batch_size", "number_of_epochs", "grad_accumulation_factor"]
     counts.append("num_ckpt_keep")
     experiment.check_numbers(vars(hparams), counts, 1, whole=True)
-    _, world_size = rank_and_world_size()
+    _, world_size = experiment.rank_and_world_size()
     if hparams.batch_size * world_size < 2:
         raise SystemExit(
             "--batch_size=1: a pair is told from the others of its batch, and "
@@ -625,13 +617,6 @@ def check_optimizer(hparams):
     experiment.check_numbers(plateau, ["lr_plateau={factor}"], 0, 1)
 
 
-def rank_and_world_size():
-    """This process's number, and how many there are."""
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
 def loader_options(brain):
     """What all loaders of a run have in common."""
     num_workers = brain.hparams.num_workers
@@ -660,7 +645,7 @@ def make_train_loader(brain, manifests):
     """
     hparams = brain.hparams
     sizes = [len(manifest) for manifest in manifests] + [0]
-    rank, world_size = rank_and_world_size()
+    rank, world_size = experiment.rank_and_world_size()
     sampler = MixedBatchSampler(
         num_pairs=sizes[0],
         num_curated=sizes[1],

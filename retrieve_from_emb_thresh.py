@@ -396,10 +396,7 @@ def share_of(count, block_size):
     tuple of int
         The first row and the one after the last.
     """
-    if not torch.distributed.is_initialized():
-        return 0, count
-    rank = torch.distributed.get_rank()
-    world_size = torch.distributed.get_world_size()
+    rank, world_size = experiment.rank_and_world_size()
     blocks = -(-count // block_size)
     ends = [blocks * r // world_size * block_size for r in (rank, rank + 1)]
     return min(ends[0], count), min(ends[1], count)
@@ -430,7 +427,8 @@ def gathered(batches, path, most=None):
             os.remove(stale)  # of a run that was stopped
     ddp_barrier()
     count = 0
-    with written_whole(f"{path}.{torch.distributed.get_rank()}") as file:
+    rank, world_size = experiment.rank_and_world_size()
+    with written_whole(f"{path}.{rank}") as file:
         for pairs in batches:
             for part in pairs:
                 np.save(file, part)
@@ -439,10 +437,7 @@ def gathered(batches, path, most=None):
                 break
     ddp_barrier()
     if if_main_process():
-        files = [
-            f"{path}.{rank}"
-            for rank in range(torch.distributed.get_world_size())
-        ]
+        files = [f"{path}.{other}" for other in range(world_size)]
         try:
             for name in files:
                 with open(name, "rb") as file:
@@ -453,15 +448,6 @@ def gathered(batches, path, most=None):
             for name in files:
                 os.remove(name)
     ddp_barrier()
-
-
-def all_of(tally):
-    """The tallies of all processes, in each of them."""
-    if not torch.distributed.is_initialized():
-        return [tally]
-    tallies = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(tallies, tally)
-    return tallies
 
 
 def search(
@@ -541,7 +527,7 @@ def search(
         path = f"{base_of(hparams)}_pairs.partial"
         yield from gathered(best, path, most)
     tally.start(threshold)
-    for other in all_of(own):
+    for other in experiment.of_all_processes(own):
         tally.absorb(other)
 
 

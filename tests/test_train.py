@@ -773,7 +773,6 @@ def test_clips_are_those_of_all_processes_since_the_start(monkeypatch):
         unreadable={"a.wav": "is missing"},
         num_clips=1,
         note_unreadable=lambda *_: None,
-        of_all_processes=CLAPBrain.of_all_processes,
         train_sampler=MixedBatchSampler(40, 4, world_size=2),
     )
     clock = iter([10.0, 14.0])
