@@ -8,7 +8,7 @@ for a variable to substitute.
 
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 
 import pandas as pd
 from tqdm import tqdm
@@ -20,8 +20,6 @@ from files import check_paths, read_table, take_times
 _THREADS = 16
 # Of a task: to give one to a thread takes longer than a header from memory.
 _FILES = 8
-# Each that waits for a thread takes 2 kB.
-_TASKS_AT_ONCE = 2**11
 
 
 def read_pairs(path, flag=None, audio_folder=None):
@@ -137,22 +135,17 @@ def of_headers(look, paths, hides_bar):
     list
         In the order of the paths.
     """
-
-    def look_at(begin):
-        return [look(path) for path in paths[begin : begin + _FILES]]
-
-    results, begins = [], range(0, len(paths), _FILES)
-    with (
-        ThreadPoolExecutor(_THREADS) as pool,
-        tqdm(
+    with ThreadPool(_THREADS) as pool:
+        found = pool.imap(look, paths, chunksize=_FILES)
+        bar = tqdm(
+            found,
             total=len(paths),
             desc="audio headers",
             unit="file",
             disable=hides_bar,
-        ) as bar,
-    ):
-        for i in range(0, len(begins), _TASKS_AT_ONCE):
-            for some in pool.map(look_at, begins[i : i + _TASKS_AT_ONCE]):
-                results += some
-                bar.update(len(some))
+        )
+        results = list(bar)
+        # Threads that still end would be in the way of a fork.
+        pool.close()
+        pool.join()
     return results

@@ -892,17 +892,27 @@ def test_the_main_process_alone_shows_that_headers_are_read(
         assert ("audio headers" in capsys.readouterr().err) == is_main
 
 
-def test_headers_are_read_in_threads(monkeypatch):
-    monkeypatch.setattr("dataset.manifest._TASKS_AT_ONCE", 8)
-    together = threading.Barrier(8)
+def test_headers_are_read_in_threads():
+    """In all of them at once, which have two tasks each and then are gone."""
+    together, threads = threading.Barrier(16), set()
 
     def look(path):
+        threads.add(threading.current_thread())
         together.wait(timeout=30)
         return path.upper()
 
-    names = [f"{i}.wav" for i in range(128)]
+    names = [f"{i}.wav" for i in range(256)]
     found = of_headers(look, names, hides_bar=True)
     assert found == [name.upper() for name in names]
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_errors_of_threads_that_read_headers():
+    def look(path):
+        return 1 / path
+
+    with pytest.raises(ZeroDivisionError):
+        of_headers(look, range(100, -1, -1), hides_bar=True)
 
 
 @pytest.mark.parametrize(
