@@ -25,7 +25,7 @@ import experiment
 from dataset.pipelines import window_loader
 from files import write_csv, write_json, written_whole
 from models.zeroshot import (
-    bootstrap_interval,
+    accuracy_interval,
     class_embeddings,
     class_scores,
     clip_embeddings,
@@ -121,7 +121,7 @@ class ZeroShotBrain(sb.Brain):
         """All figures of the evaluation, as results.json holds them."""
         labels, hparams = self.data.labels, self.hparams
         correct = truth == guesses
-        low, high = bootstrap_interval(correct, seed=hparams.seed)
+        low, high = accuracy_interval(correct)
         by_fold = pd.Series(correct).groupby(clips["fold"].to_numpy()).mean()
         by_class = pd.Series(correct).groupby(truth).agg(["mean", "size"])
         prompts = hparams.text_prompt

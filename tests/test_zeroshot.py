@@ -1,7 +1,11 @@
 """Zero-shot evaluation by the real command line, against plain loops."""
 
+import bisect
+import fractions
 import io
+import itertools
 import json
+import math
 import re
 import textwrap
 
@@ -30,7 +34,7 @@ from models.weights import (
     load_weights,
 )
 from models.zeroshot import (
-    bootstrap_interval,
+    accuracy_interval,
     class_embeddings,
     class_scores,
     clip_embeddings,
@@ -320,18 +324,6 @@ def test_flags_of_the_data_reach_its_preparation(
     assert {name: seen[name] for name in wanted} == wanted
 
 
-def test_the_interval_is_drawn_with_the_seed(evaluate, monkeypatch):
-    seeds = []
-
-    def interval(correct, seed):
-        seeds.append(seed)
-        return bootstrap_interval(correct, seed=seed)
-
-    monkeypatch.setattr(microsoft_zeroshot, "bootstrap_interval", interval)
-    evaluate(seed=5)
-    assert seeds == [5]
-
-
 def test_confusion_matrix_counts():
     truth, guesses = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0])
     figure = microsoft_zeroshot.confusion_figure(truth, guesses, "abc", 0.5)
@@ -372,15 +364,26 @@ def test_clips_that_are_not_scored_are_counted(evaluate):
     assert counts["not_scored"] == 8 and counts["missing"] == 1
 
 
-def test_bootstrap_interval():
+def test_accuracy_interval():
     """Against the normal approximation, and at the ends."""
     correct = np.arange(400) < 300
-    low, high = bootstrap_interval(correct)
+    low, high = accuracy_interval(correct)
     half = 1.96 * np.sqrt(0.75 * 0.25 / 400)
     assert low == pytest.approx(0.75 - half, abs=0.005)
     assert high == pytest.approx(0.75 + half, abs=0.005)
-    assert bootstrap_interval(np.ones(9)) == (1.0, 1.0)
-    assert bootstrap_interval(correct) == (low, high)
+    assert accuracy_interval(np.ones(9)) == (1.0, 1.0)
+    assert accuracy_interval(np.zeros(9)) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="no clips"):
+        accuracy_interval([])
+
+
+@pytest.mark.parametrize("count", [1, 47, 79])
+def test_the_interval_is_that_of_all_resamples(count):
+    p = fractions.Fraction(count, 80)
+    of_each = (math.comb(80, k) * p**k * (1 - p) ** (80 - k) for k in range(81))
+    reached = list(itertools.accumulate(of_each))
+    ends = [bisect.bisect_left(reached, q) / 80 for q in (0.025, 0.975)]
+    assert accuracy_interval(np.arange(80) < count) == pytest.approx(ends)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +396,6 @@ def test_bootstrap_interval():
         ({"clap": "{width: 4}"}, "does not fit the model"),
         ({"text_prompt": "[]"}, r"--text_prompt=\[\]: give a text"),
         ({"text_prompt": "[a, {}]"}, "a list of texts in quotes"),
-        ({"seed": -1}, "--seed=-1"),
         ({"batch_size": 0}, "--batch_size=0"),
         ({"num_workers": -1}, "--num_workers=-1: give a whole number"),
         ({"num_workers": 1.5}, "--num_workers=1.5: give a whole number"),
