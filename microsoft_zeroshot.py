@@ -169,8 +169,8 @@ class ZeroShotBrain(sb.Brain):
         }
 
 
-def predictions(clips, scores, labels, k=5):
-    """Table of each clip's class, prediction and k best classes with scores.
+def predictions(clips, scores, labels):
+    """Table of each clip's class, prediction and five best classes with scores.
 
     Arguments
     ---------
@@ -180,15 +180,13 @@ def predictions(clips, scores, labels, k=5):
         (clips, classes) cosine similarities.
     labels : array of str
         (classes,).
-    k : int
-        Number of classes to list.
 
     Returns
     -------
     pandas.DataFrame
         wav_path, label, fold, prediction, top1, score1, top2, score2, ...
     """
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :5]
     table = clips[["wav_path", "label", "fold"]].copy()
     table["prediction"] = labels[best[:, 0]]
     for i in range(best.shape[1]):

@@ -140,7 +140,6 @@ class Resampler:
     def __init__(self, orig, new):
         transform = torchaudio.transforms.Resample(orig, new)
         kernel, self.width = transform.kernel[:, 0], transform.width
-        self.period = orig, new
         support = int((kernel != 0).sum(dim=1).max())
         # Periods in one, so that parts of it need fewer frames than it has;
         # but not where a file of a few frames a second makes thousands of each.

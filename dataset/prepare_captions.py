@@ -935,10 +935,10 @@ def _check_times(pairs, flag, max_bad_audio):
     logger.warning("%s: its last window is taken", said)
 
 
-def _first(names, number=3):
+def _first(names):
     """The first few of many names, to show in a message."""
     names = list(names)
-    return ", ".join(names[:number]) + (", ..." if names[number:] else "")
+    return ", ".join(names[:3]) + (", ..." if names[3:] else "")
 
 
 def _mark_failed(pairs, failed):

@@ -137,9 +137,9 @@ def _decay(seconds, rate, time_constant):
     return np.exp(-_times(seconds, rate) / time_constant)
 
 
-def _gate(signal, rate, ramp=0.005):
-    """Fade a signal in and out, lest it click; the ramp is in seconds."""
-    size = min(round(ramp * rate), len(signal) // 2)
+def _gate(signal, rate):
+    """Fade a signal in and out within 5 ms, lest it click."""
+    size = min(round(0.005 * rate), len(signal) // 2)
     signal[:size] *= np.linspace(0, 1, size)
     signal[len(signal) - size :] *= np.linspace(1, 0, size)
     return signal
@@ -798,9 +798,7 @@ def _word(value, limits, words):
 
 
 def _sentence(rng, phrase, scene):
-    """Put a phrase into a template, perhaps with room and background."""
-    if scene.reverb > 0.4 and rng.uniform() < 0.3:
-        phrase += " in a large hall"
+    """Put a phrase into a template, perhaps with the background."""
     if rng.uniform() < 0.3:
         _, names = BACKGROUNDS[scene.background]
         phrase += f" {rng.choice(names)}"

@@ -20,15 +20,10 @@ from files import read_table
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def make_text_model(
-    captions,
-    folder,
-    hidden_size=64,
-    num_layers=2,
-    num_heads=2,
-    max_length=128,
-):
+def make_text_model(captions, folder, hidden_size=64, max_length=128):
     """Write configuration and tokenizer of a small, lower-case BERT.
+
+    It has two layers, of two attention heads each.
 
     Arguments
     ---------
@@ -40,10 +35,6 @@ def make_text_model(
         made if absent.
     hidden_size : int
         Width of the model; the feed-forward layers are twice as wide.
-    num_layers : int
-        Number of Transformer layers.
-    num_heads : int
-        Number of attention heads.
     max_length : int
         Tokens of the longest text.
     """
@@ -63,8 +54,8 @@ def make_text_model(
     config = BertConfig(
         vocab_size=len(vocabulary),
         hidden_size=hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
+        num_hidden_layers=2,
+        num_attention_heads=2,
         intermediate_size=2 * hidden_size,
         max_position_embeddings=max_length,
         # BERT's 0.02 suits its width of 768. Here a layer would change its

@@ -358,18 +358,16 @@ def test_adjectives_fit_the_scene(sound):
     assert not any(middle.values())
 
 
-def test_room_and_background_are_said_where_they_are():
+def test_backgrounds_are_said_where_they_are():
     rng = np.random.default_rng(0)
     for background, (_, names) in BACKGROUNDS.items():
-        for reverb, hall in ((0.1, False), (0.6, True)):
-            there = scene(background=background, reverb=reverb)
-            said = [describe(rng, SOUNDS[0], there) for _ in range(80)]
-            assert any("large hall" in caption for caption in said) == hall
-            for other, (_, phrases) in BACKGROUNDS.items():
-                for phrase in phrases:
-                    found = any(phrase in caption for caption in said)
-                    assert found == (other == background), phrase
-            assert names[0] in " ".join(said)
+        there = scene(background=background)
+        said = [describe(rng, SOUNDS[0], there) for _ in range(80)]
+        for other, (_, phrases) in BACKGROUNDS.items():
+            for phrase in phrases:
+                found = any(phrase in caption for caption in said)
+                assert found == (other == background), phrase
+        assert names[0] in " ".join(said)
 
 
 def test_domains_differ():
