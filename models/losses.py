@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.nn.functional import all_gather
 
 
 def gather_with_gradient(tensor):
@@ -21,9 +22,6 @@ def gather_with_gradient(tensor):
     """
     if not torch.distributed.is_initialized():
         return tensor
-    # Not everywhere is PyTorch built with it.
-    from torch.distributed.nn.functional import all_gather
-
     # Its backward sums what every rank's loss sends back.
     return torch.cat(all_gather(tensor.contiguous()))
 
