@@ -123,7 +123,13 @@ class CLAPBrain(sb.Brain):
         return self.modules.clap(batch.wavs, batch.tokens)
 
     def compute_objectives(self, predictions, batch, stage):
-        """Contrastive loss; in training, negatives come from all processes."""
+        """Contrastive loss; in training, negatives come from all processes.
+
+        Raises
+        ------
+        RuntimeError
+            The loss of a validation batch is not finite.
+        """
         audio, text, scale = predictions
         gather = gather_with_gradient if stage == sb.Stage.TRAIN else _itself
         audio_targets, text_targets = self.targets(batch, stage, gather)
@@ -337,7 +343,13 @@ class CLAPBrain(sb.Brain):
 
     @torch.no_grad()
     def zeroshot_accuracy(self):
-        """Accuracy on the validation folds of the zero-shot data set."""
+        """Accuracy on the validation folds of the zero-shot data set.
+
+        Raises
+        ------
+        RuntimeError
+            None of the clips can be read, or too many cannot be.
+        """
         loader, true_classes, texts = self.zeroshot_set
         paths = loader.dataset.wav_paths.to_pylist()
         clap, correct, count = self.hparams.clap, 0, 0
@@ -597,7 +609,13 @@ def check_flags(hparams):
 
 
 def check_optimizer(hparams):
-    """Stop if an optimizer or a plateau scheduler cannot be made so."""
+    """Stop if an optimizer or a plateau scheduler cannot be made so.
+
+    Raises
+    ------
+    SystemExit
+        It names the flag.
+    """
     weights = [torch.nn.Parameter(torch.zeros(1))]
     try:
         optimizer = hparams.opt_class(weights)
@@ -642,6 +660,11 @@ def make_train_loader(brain, manifests):
     -------
     speechbrain.dataio.dataloader.SaveableDataLoader
         Its batches are `dataset.pipelines.PairBatch`es.
+
+    Raises
+    ------
+    ValueError
+        There are too few pairs for a batch, or batches for a step.
     """
     hparams = brain.hparams
     sizes = [len(manifest) for manifest in manifests] + [0]
@@ -740,7 +763,7 @@ def make_zeroshot_set(brain, data, manifests):
     Arguments
     ---------
     brain : CLAPBrain
-    data : dataset.prepare_zeroshot.ZeroShotData
+    data : dataset.prepare_zeroshot.ZeroShotSet
         These folds.
     manifests : list of pandas.DataFrame
         What is trained on, to warn if it has the same recordings.

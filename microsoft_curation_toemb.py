@@ -107,6 +107,13 @@ class EmbeddingBrain(sb.Brain):
             Audio files, each once.
         reserved : int
             Bytes of the disk that the captions will need.
+
+        Raises
+        ------
+        RuntimeError
+            Some files could not be read at the time, and can be read now.
+        OSError, ValueError
+            As `EmbeddingWriter`, its `work` and `finish_audio`.
         """
         hparams = self.hparams
         windows = windows_of(
@@ -388,6 +395,11 @@ def read_audio_list(path):
     Returns
     -------
     pyarrow.LargeStringArray
+
+    Raises
+    ------
+    ValueError
+        The list cannot be read, or is empty.
     """
     folder = os.path.dirname(os.path.abspath(path))
     try:

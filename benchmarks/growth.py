@@ -25,6 +25,10 @@ def embedding(sizes):
     ---------
     sizes : list of tuple of int
         Numbers of captions and clips, ascending.
+
+    Returns
+    -------
+    list of benchmarks.measure.Row
     """
     runs = []
     with tempfile.TemporaryDirectory() as folder:

@@ -632,6 +632,11 @@ class EmbeddingWriter:
         tuple
             Batches of items that are still to do, and a tqdm bar over the items
             of this process.
+
+        Raises
+        ------
+        OSError
+            Another run writes this store, or the disk has no place for it.
         """
         self._begin()
         if torch.distributed.is_initialized():
@@ -885,6 +890,13 @@ def dump_captions(
         Where they are encoded: a CPU takes 64 at once at most.
     noprogressbar : bool
         Whether to show no progress.
+
+    Raises
+    ------
+    RuntimeError
+        Some embeddings are not finite.
+    OSError
+        As `EmbeddingWriter.work`.
     """
     if writer.finished:
         logger.info("%s is complete already", writer.base)

@@ -523,6 +523,7 @@ def exact_of(rows, block, flat, scratch):
         Audio and text.
     flat : array of int64
         Indices into their product.
+    scratch : Scratch
 
     Returns
     -------
