@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from benchmarks.measure import (
     KEEPING,
     Row,
-    device,
     in_process,
     machine,
+    on_gpu,
     product_speed,
     show,
 )
@@ -121,7 +121,7 @@ def main(argv):
         print(json.dumps(found))
         return None
     rows = []
-    if device() == "cuda":
+    if on_gpu():
         print("a GPU has PyTorch's choice of methods: left out")
         return rows
     flop = sum(18 * i * o * h * w * args.clips for i, o, h, w in LAYERS)

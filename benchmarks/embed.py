@@ -62,7 +62,8 @@ HPARAMS = "hparams/curation/microsoft_audioset_insper_toemb.yaml"
 LENGTHS = [162, 1317, 2740, 4153, 4486, 5166, 5143, 4737, 4006, 3357, 2923]
 LENGTHS += [2353, 1929, 1524, 1176, 966, 775, 627, 495, 365, 306, 250, 200]
 LENGTHS += [153, 129, 97, 84]
-SECONDS, RATE = 10, 48000
+SAMPLES = 220500  # of a window: 5 s at 44.1 kHz
+SECONDS, RATE = 10, 48000  # of a file
 FILES = 128  # to which further paths are links
 ROWS = 64  # of a batch, the ordinary way
 GPU_TIMES, GPU_PART = 256, 8
@@ -202,7 +203,7 @@ def encoders_alone(brain, n_clips, n_captions):
     Captions are all as long as the mean.
     """
     clap, hparams = brain.modules.clap, brain.hparams
-    windows = 0.1 * torch.randn(hparams.audio_bs, 220500, device=brain.device)
+    windows = 0.1 * torch.randn(hparams.audio_bs, SAMPLES, device=brain.device)
     ones = torch.ones(
         hparams.text_bs, mean_length(), dtype=torch.long, device=brain.device
     )
@@ -335,8 +336,8 @@ def ordinary(folder, precision):
             samples, rate = soundfile.read(path, dtype="float32")
             resample = torchaudio.transforms.Resample(rate, 44100)
             whole = resample(torch.from_numpy(samples))
-            begin = (len(whole) - 220500) // 2
-            windows.append(whole[begin : begin + 220500])
+            begin = (len(whole) - SAMPLES) // 2
+            windows.append(whole[begin : begin + SAMPLES])
         return clap.encode_audio(torch.stack(windows).to(device())).cpu()
 
     run = {}
@@ -374,7 +375,7 @@ def flop_of(folder, n_captions, n_clips, precision):
     clap = CLAP(f"{folder}/text_model", text_pretrained=False).eval()
     clap.to(device())
     token = torch.ones(1, mean_length(), dtype=torch.long, device=device())
-    windows = torch.zeros(CPU_BATCH, 220500, device=device())
+    windows = torch.zeros(CPU_BATCH, SAMPLES, device=device())
     with (
         torch.no_grad(),
         torch.autocast(device(), torch.bfloat16, precision == "bf16"),

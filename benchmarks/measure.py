@@ -94,7 +94,7 @@ def worthwhile(sides):
 
 def peak_memory():
     """Largest memory of this process so far, in bytes: the GPU's, if any."""
-    if device() == "cuda":
+    if on_gpu():
         return torch.cuda.max_memory_allocated()
     # Not getrusage's maximum, in which a process inherits its parent's.
     with open("/proc/self/status") as file:

@@ -37,7 +37,12 @@ import types
 import pandas as pd
 import torch
 
-from benchmarks.embed import make_world, ordinary_model, padding_tokenizer
+from benchmarks.embed import (
+    SAMPLES,
+    make_world,
+    ordinary_model,
+    padding_tokenizer,
+)
 from benchmarks.measure import (
     KEEPING,
     Row,
@@ -54,7 +59,6 @@ from benchmarks.measure import (
 )
 
 HPARAMS = "hparams/insper/microsoft_clap_train.yaml"
-SAMPLES = 220500
 # Steps until the process has the memory that it keeps.
 WARM_UP = 2
 SIDES = {
