@@ -6,11 +6,13 @@ Each layer of the full-size network that `models.winograd` may take, for windows
 of 5 s at 44.1 kHz, channels last there and first for the direct ones: forward,
 and forward with the gradients of images and weights. In fp32, and of bf16
 numbers, for which Winograd's method computes in fp32. (Which layers take it in
-bf16 depends on the processor: `models.winograd.fewest_channels`.) The direct
-ones run as they are (A) and with the scripts' allocator setting (B). FLOP, for
-the limit, are those of a direct convolution. The difference is the root mean
-square of what is off from the direct convolution of the same numbers in fp32,
-over the root mean square of that. Seconds of each layer are printed as well.
+bf16 depends on the processor: `models.winograd.fewest_channels`. For the last
+two, "Winograd" is `models.winograd.two_wide` where the network takes that.) The
+direct ones run as they are (A) and with the scripts' allocator setting (B).
+FLOP, for the limit, are those of a direct convolution. The difference is the
+root mean square of what is off from the direct convolution of the same numbers
+in fp32, over the root mean square of that. Seconds of each layer are printed as
+well.
 """
 
 import argparse
@@ -32,7 +34,7 @@ from benchmarks.measure import (
     product_speed,
     show,
 )
-from models.winograd import WinogradConvolution
+from models.winograd import WinogradConvolution, has_bf16_vectors, two_wide
 
 # Channels in and out, frames and mel bands.
 LAYERS = [
@@ -59,6 +61,8 @@ def direct(x, weight):
 
 def winograd(x, weight):
     """The network's."""
+    if x.dtype == torch.bfloat16 and x.shape[3] == 2 and has_bf16_vectors():
+        return two_wide(x, weight)
     return WinogradConvolution.apply(x, weight, x.dtype)
 
 
