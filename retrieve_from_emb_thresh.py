@@ -541,7 +541,7 @@ def makes_report(hparams):
     return hparams["with_report"] or hparams["dry_run"]
 
 
-def chosen_pairs(find, tally, captions, hparams):
+def chosen_pairs(find, tally, text, hparams):
     """The pairs that the command line asks for.
 
     Arguments
@@ -550,8 +550,8 @@ def chosen_pairs(find, tally, captions, hparams):
         `search`, from its threshold on.
     tally : curation.tally.Tally
         That of `find`.
-    captions : pandas.Series
-        All captions.
+    text : curation.embeddings.Embeddings
+        The store of the captions.
     hparams : dict
 
     Returns
@@ -568,7 +568,7 @@ def chosen_pairs(find, tally, captions, hparams):
     kinds = None
     if per_audio is not None or per_caption is not None:
         # A caption that is listed twice must not take two places.
-        kinds = pd.factorize(captions)[0]
+        kinds = pd.factorize(text.manifest["caption"])[0]
     if target is None:
         stops = per_caption is None and not hparams["dry_run"]
         most = hparams["max_pairs"] if stops else None
@@ -657,9 +657,9 @@ def retrieve(audio, text, hparams, run_opts):
     hparams, run_opts : dict
         As `experiment.start` gives them.
     """
-    tally, captions = Tally(len(text)), text.manifest["caption"]
+    tally = Tally(len(text))
     find = functools.partial(search, audio, text, tally, hparams, run_opts)
-    threshold, batches = chosen_pairs(find, tally, captions, hparams)
+    threshold, batches = chosen_pairs(find, tally, text, hparams)
     sink = write_pairs(batches, audio, text, hparams)
     if not if_main_process():
         return
@@ -667,8 +667,9 @@ def retrieve(audio, text, hparams, run_opts):
     num_captions = int((sink.kept > 0).sum())
     by_class = pairs_by_class(text.manifest, sink.kept)
     if makes_report(hparams):
+        captions = text.manifest["caption"].tolist()
         report = make_report(
-            tally, len(audio), threshold, sink.kept, captions.tolist(), unit
+            tally, len(audio), threshold, sink.kept, captions, unit
         )
         report["kept"] = {
             "pairs": sink.pairs,
