@@ -419,12 +419,12 @@ def gathered(batches, path, most=None):
     tuple of array
         In the main process alone.
     """
-    if not torch.distributed.is_initialized():
-        yield from batches
-        return
     if if_main_process():
         for stale in glob.glob(f"{glob.escape(path)}.*"):
             os.remove(stale)  # of a run that was stopped
+    if not torch.distributed.is_initialized():
+        yield from batches
+        return
     ddp_barrier()
     count = 0
     rank, world_size = experiment.rank_and_world_size()
@@ -725,10 +725,9 @@ def main(argv):
     check_same_weights(audio, text)
     # What reading the manifests took.
     pa.default_memory_pool().release_unused()
-    shares = torch.distributed.is_initialized() and if_main_process()
     lock = os.path.join(folder, f"{hparams['curation_name']}_search.lock")
     # Processes leave each other files under names that another run has too.
-    with alone(lock) if shares else contextlib.nullcontext():
+    with alone(lock) if if_main_process() else contextlib.nullcontext():
         retrieve(audio, text, hparams, run_opts)
     experiment.finish()
 

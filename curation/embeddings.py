@@ -532,6 +532,7 @@ class EmbeddingWriter:
         }
         self.needed, self.flaw, self.begun = 0, None, False
         self.lock = contextlib.ExitStack()
+        self.lock_path = f"{self.base}.partial.lock"
         self.finished = self._check(f"{self.base}.json", self.settings)
         if os.path.exists(f"{self.base}_embeddings.npy") and not (
             self.finished or os.path.exists(f"{self.base}.json")
@@ -544,8 +545,9 @@ class EmbeddingWriter:
                 self.finished, self.flaw = False, error
         if self.finished:
             if if_main_process():
-                # Of a process that was killed while it tidied up.
-                self.remove_partial()
+                # Of a process that was killed while it tidied up, or began.
+                with contextlib.suppress(OSError), alone(self.lock_path):
+                    self.remove_partial()
             return
         record = f"{self.base}.partial.json"
         self.begun = self._check(record, self.growing)
@@ -602,7 +604,7 @@ class EmbeddingWriter:
             )
         record = f"{self.base}.partial.json"
         if if_main_process():
-            self.lock.enter_context(alone(f"{self.base}.partial.lock"))
+            self.lock.enter_context(alone(self.lock_path))
         if not self.begun and if_main_process():
             with contextlib.suppress(FileNotFoundError):
                 os.remove(record)

@@ -623,6 +623,7 @@ def test_a_clip_whose_embedding_is_not_finite_is_skipped(
 def test_what_a_killed_process_left_over_is_removed(embed):
     save = embed(text_pathfile=None)
     (save / "audio_audioset.partial.rows.npy").write_text("left")
+    (save / "audio_audioset.partial.lock").touch()
     embed(text_pathfile=None)
     assert not list(save.glob("*.partial*"))
 

@@ -574,8 +574,8 @@ def test_windows_are_neighbours_of_one_file(
     assert script.has_windows(manifest) == expected
 
 
-def test_a_second_search_of_several_processes_is_refused(run, folder):
-    """Both would take each other's pairs."""
+def test_a_second_search_is_refused(run, folder):
+    """Several processes would take the pairs of the other search."""
     command = [f"{CURATION}/audioset_insper_duv2_retr.yaml"]
     command += [f"--emb_dir={folder}", "--dry_run=True"]
     with (
@@ -583,8 +583,19 @@ def test_a_second_search_of_several_processes_is_refused(run, folder):
         pytest.raises(AssertionError, match=r"_search\.lock: another process"),
     ):
         torchrun("retrieve_from_emb_thresh.py", command)
-    torchrun("retrieve_from_emb_thresh.py", command)
+    # Of torchrun's processes that were killed, one goes on alone.
+    (folder / f"{DU}_search.lock").touch()
+    (folder / f"{DU}_pairs.partial.1").touch()
+    with (
+        alone(folder / f"{DU}_search.lock"),
+        pytest.raises(OSError, match=r"_search\.lock: another process"),
+    ):
+        script.main(command)
+    assert (folder / f"{DU}_pairs.partial.1").exists()
+    (folder / f"{DU}_search.lock").touch()
+    script.main(command)
     assert not (folder / f"{DU}_search.lock").exists()
+    assert not (folder / f"{DU}_pairs.partial.1").exists()
 
 
 def test_max_pairs_with_torchrun_leaves_nothing(run, folder):
