@@ -179,11 +179,12 @@ def start(argv, needs, required=None, refused=None, keeps_memory=True):
         _describe_environment(folder)
     # SpeechBrain's log file takes debug messages, of which it has thousands.
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    advice = "The same command may be given again"
     if "prev_ckpt_dir" in hparams:
-        logger.info(
-            "To go on with this run after a stop:\n  %s",
-            resume_command(argv, folder, same_command),
-        )
+        command = resume_command(argv, folder, same_command)
+        advice = f"To go on with this run after a stop:\n  {command}"
+        logger.info(advice)
+    _end_quietly(advice)
     return hparams, run_opts
 
 
@@ -205,6 +206,19 @@ def compile_networks(hparams, mode):
     warnings.filterwarnings("ignore", message=".*complex operators")
     for name in {"clap", "teacher"} & hparams.keys():
         hparams[name].audio_encoder.base.compile(mode=mode)
+
+
+def _end_quietly(advice):
+    """Have Ctrl-C end a script with advice in place of a traceback."""
+    log_exception = sys.excepthook
+
+    def log_end(kind, error, trace):
+        if not issubclass(kind, KeyboardInterrupt):
+            log_exception(kind, error, trace)
+        elif if_main_process():
+            logger.error("Stopped by Ctrl-C. %s", advice)
+
+    sys.excepthook = log_end
 
 
 def _name_source(folder, root, given):
