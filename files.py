@@ -18,6 +18,7 @@ _PIECE_ROWS = 2**16
 _TAIL_BYTES = 2**12  # with all empty lines that a file may end with
 # Python's own limit is 2**17, also for a cell.
 csv.field_size_limit(_BLOCK_BYTES)
+_held_locks = set()
 
 
 @contextlib.contextmanager
@@ -49,7 +50,7 @@ def written_whole(path):
         raise
     finally:
         if descriptor is not None:
-            os.close(descriptor)
+            _unlock(descriptor)
 
 
 @contextlib.contextmanager
@@ -70,11 +71,35 @@ def alone(path):
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)
-        os.close(descriptor)
+        _unlock(descriptor)
 
 
 def _locked(path):
     """Descriptor of a file, made if absent, that no other process writes."""
+    descriptor = _with_lock(path)
+    _held_locks.add(descriptor)
+    return descriptor
+
+
+def _unlock(descriptor):
+    if descriptor in _held_locks:
+        _held_locks.remove(descriptor)
+        os.close(descriptor)
+
+
+def _leave_locks():
+    """In a forked process: the locks are its parent's, and end with that.
+
+    A loader's process notices only after seconds that its parent was killed.
+    """
+    for descriptor in list(_held_locks):
+        _unlock(descriptor)
+
+
+os.register_at_fork(after_in_child=_leave_locks)
+
+
+def _with_lock(path):
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:

@@ -12,6 +12,7 @@ The loss is CLIP's symmetric one (arXiv 2103.00020, Figure 3), with CLAP's
 encoders (arXiv 2206.04769).
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -31,6 +32,7 @@ from speechbrain.dataio.dataloader import SaveableDataLoader
 from speechbrain.nnet.schedulers import update_learning_rate
 from speechbrain.utils import train_logger
 from speechbrain.utils.checkpoints import (
+    ckpt_recency,
     mark_as_loader,
     mark_as_saver,
     register_checkpoint_hooks,
@@ -48,7 +50,7 @@ import experiment
 from dataset.manifest import probe_audio, read_pairs
 from dataset.mixing import MixedBatchSampler
 from dataset.pipelines import PairCollator, PairDataset, window_loader
-from files import write_csv, write_json, written_whole
+from files import alone, write_csv, write_json, written_whole
 from models.losses import (
     contrastive_loss,
     contrastive_targets,
@@ -306,7 +308,8 @@ class CLAPBrain(sb.Brain):
                 )
             self.train_stats = {
                 "loss": sum(losses) / len(losses),
-                "clips_per_second": (self.step - self.first_step)
+                # Of no steps where the last checkpoint was at the last one.
+                "clips_per_second": (self.step - self.first_step or math.nan)
                 * pairs
                 / seconds,
                 "data_points": steps * pairs,
@@ -332,13 +335,17 @@ class CLAPBrain(sb.Brain):
         meta = {"epoch": epoch, "lr": lr, "logit_scale": scale}
         for stats_logger in self.loggers:
             stats_logger.log_stats(meta, self.train_stats, figures)
-        # By accuracy where there is one, else by loss; and the last, to resume.
-        self.checkpointer.save_and_keep_only(
-            meta={"epoch": epoch, **stats},
+        self.checkpointer.save_checkpoint(meta={"epoch": epoch, **stats})
+        self.keep_best()
+
+    def keep_best(self):
+        """Delete all checkpoints but the best, and the last, to resume."""
+        by_accuracy = self.zeroshot_set is not None
+        self.checkpointer.delete_checkpoints(
             num_to_keep=self.hparams.num_ckpt_keep,
-            max_keys=["acc"] if "acc" in stats else [],
-            min_keys=[] if "acc" in stats else ["loss"],
-            importance_keys=[],
+            max_keys=["acc"] if by_accuracy else [],
+            min_keys=[] if by_accuracy else ["loss"],
+            importance_keys=[ckpt_recency],
         )
 
     @torch.no_grad()
@@ -377,6 +384,23 @@ class CLAPBrain(sb.Brain):
                 "read: there is no zero-shot accuracy to choose a checkpoint by"
             )
         return correct / count
+
+
+class EpochLogger(train_logger.FileTrainLogger):
+    """A line for each epoch; one that is run again replaces its line."""
+
+    @main_process_only
+    def log_stats(self, stats_meta, *args, **kwargs):
+        """See `speechbrain.utils.train_logger.FileTrainLogger`."""
+        with contextlib.suppress(FileNotFoundError):
+            with open(self.save_file, encoding="utf-8") as file:
+                lines = file.readlines()
+            with written_whole(self.save_file) as file:
+                for line in lines:
+                    found = re.match(r"epoch: (\d+), .*\n", line)
+                    if found and int(found[1]) < stats_meta["epoch"]:
+                        file.write(line.encode())
+        super().log_stats(stats_meta, *args, **kwargs)
 
 
 class HistoryLogger(train_logger.TrainLogger):
@@ -452,9 +476,21 @@ def train(brain):
     ---------
     brain : CLAPBrain
         Fresh from its constructor.
+
+    Raises
+    ------
+    OSError
+        Another process trains in the same folder.
     """
+    check_flags(brain.hparams)
+    lock = os.path.join(brain.hparams.save_folder, "train.lock")
+    with alone(lock) if if_main_process() else contextlib.nullcontext():
+        brain.checkpointer.remove_partial()
+        _train(brain)
+
+
+def _train(brain):
     hparams = brain.hparams
-    check_flags(hparams)
     is_new = brain.checkpointer.find_checkpoint() is None
     if is_new:
         if not hparams.load_weights():
@@ -496,6 +532,8 @@ def train(brain):
     brain.zeroshot_set = None
     if zeroshot is not None:
         brain.zeroshot_set = make_zeroshot_set(brain, zeroshot, manifests[:-1])
+    # A process may have been killed before it had deleted the others.
+    brain.keep_best()
     # With --debug, an epoch is a few batches: no figures of a run.
     brain.loggers = [] if brain.debug else make_loggers(hparams)
     brain.fit(
@@ -813,7 +851,7 @@ def make_loggers(hparams):
     folder = hparams.output_folder
     path = os.path.join(folder, "train_log.txt")
     loggers = [
-        train_logger.FileTrainLogger(path, precision=4),
+        EpochLogger(path, precision=4),
         HistoryLogger(folder),
     ]
     if hparams.use_tensorboard:

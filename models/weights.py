@@ -49,18 +49,18 @@ class AtomicCheckpointer(Checkpointer):
 
     SpeechBrain writes a checkpoint's meta file, which makes it one, before
     the weights. Here it is renamed into place after them, so that a process
-    killed while saving leaves the previous checkpoint as the latest. What it
-    leaves besides is removed when the folder is opened the next time.
+    killed while saving leaves the previous checkpoint as the latest.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._remove_partial()
+    def remove_partial(self):
+        """Remove what a process that was killed left: no whole checkpoint.
 
-    def _remove_partial(self):
+        Only where no other process saves any.
+        """
         if if_main_process():
-            for partial in self.checkpoints_dir.glob(f"*/{_PARTIAL_META}"):
-                shutil.rmtree(partial.parent)
+            for folder in self.checkpoints_dir.glob("CKPT+*"):
+                if not (folder / METAFNAME).exists():
+                    shutil.rmtree(folder)
 
     def _save_checkpoint_metafile(self, fpath, *args, **kwargs):
         partial = fpath.with_name(_PARTIAL_META)
@@ -77,7 +77,7 @@ class AtomicCheckpointer(Checkpointer):
         try:
             checkpoint = super().save_checkpoint(*args, **kwargs)
         except (OSError, RuntimeError) as error:
-            self._remove_partial()
+            self.remove_partial()
             free = shutil.disk_usage(self.checkpoints_dir).free / 2**20
             raise OSError(
                 f"No checkpoint could be written to {self.checkpoints_dir}, "

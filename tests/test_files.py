@@ -2,13 +2,19 @@
 
 import errno
 import fcntl
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 
 from dataset.manifest import read_pairs
 from files import (
+    alone,
     read_lines,
     read_pieces,
     read_table,
@@ -198,6 +204,32 @@ def test_a_file_that_another_process_just_finished_is_left_alone(
     assert path.read_text() == "ours"
     assert (tmp_path / "theirs").read_text() == "theirs"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+LOCKED_AND_KILLED = """
+import os, signal, sys, time
+from files import alone
+
+with alone(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+    print(child, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    """A child of that, as a loader's process, does not hold it longer."""
+    command = [sys.executable, "-c", LOCKED_AND_KILLED, tmp_path / "lock"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        child = int(process.stdout.readline())
+        process.wait()
+        try:
+            with alone(tmp_path / "lock"):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 def test_files_are_written_on_disks_without_locks(tmp_path, monkeypatch):

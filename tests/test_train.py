@@ -2,7 +2,13 @@
 
 import json
 import math
+import os
+import re
+import shutil
+import signal
+import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -30,8 +36,8 @@ from dataset.audio import AudioReader
 from dataset.mixing import MixedBatchSampler
 from dataset.pipelines import PairCollator, PairDataset
 from dataset.text import CaptionTokenizer
-from files import write_csv
-from microsoft_clap_train import CLAPBrain, HistoryLogger
+from files import alone, write_csv
+from microsoft_clap_train import CLAPBrain, EpochLogger, HistoryLogger
 from models.retrieval import recalls
 from models.weights import AtomicCheckpointer, find_checkpoint
 
@@ -81,6 +87,65 @@ def test_a_time_stamped_run_is_resumed_by_the_printed_command(
     assert len(list(run.parent.iterdir())) == 1
     assert history(run)["epoch"].tolist() == [1, 2]
     assert len((run / "train_log.txt").read_text().splitlines()) == 2
+
+
+def test_a_second_run_in_a_folder_is_refused(flags, tmp_path):
+    train(flags, number_of_epochs=1)
+    run = tmp_path / "run"
+    before = history(run)
+    # What the other is about to write.
+    (run / "save" / "CKPT+other").mkdir()
+    with (
+        alone(run / "save" / "train.lock"),
+        pytest.raises(OSError, match=r"train\.lock: another process"),
+    ):
+        train(flags)
+    pd.testing.assert_frame_equal(history(run), before)
+    assert (run / "save" / "CKPT+other").exists()
+    assert not (run / "save" / "train.lock").exists()
+    train(flags)
+    assert not (run / "save" / "CKPT+other").exists()
+
+
+def test_what_a_killed_run_left_is_removed(flags, tmp_path):
+    """Half of a checkpoint, and one that it was about to delete."""
+    train(flags, number_of_epochs=1)
+    save = tmp_path / "run" / "save"
+    [first] = save.glob("CKPT+*")
+    meta = yaml.safe_load((first / "CKPT.yaml").read_text())
+    for name, change in (("better", -1), ("worse", 1)):
+        shutil.copytree(first, save / f"CKPT+{name}")
+        record = {"loss": meta["loss"] + change}
+        record |= {"unixtime": meta["unixtime"] - 9}
+        (save / f"CKPT+{name}" / "CKPT.yaml").write_text(
+            yaml.dump(meta | record)
+        )
+    shutil.copytree(first, save / "CKPT+half")
+    (save / "CKPT+half" / "CKPT.yaml").unlink()
+    train(flags, number_of_epochs=1)
+    assert {p.name for p in save.glob("CKPT+*")} == {first.name, "CKPT+better"}
+
+
+def test_ctrl_c_ends_with_a_line(flags, tmp_path):
+    """It comes to a loader's process too."""
+    flags |= {"number_of_epochs": 1000, "num_workers": 1}
+    with subprocess.Popen(
+        [sys.executable, "microsoft_clap_train.py", *argv(flags)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        while not list((tmp_path / "run" / "save").glob("CKPT+*/CKPT.yaml")):
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.stdout.read()
+    assert process.returncode == -signal.SIGINT
+    assert "Traceback" not in said
+    end = said[said.index("Stopped by Ctrl-C. To go on with this run after") :]
+    assert re.fullmatch(r".*:\n  python microsoft_clap_train\.py .*\n", end)
 
 
 def test_a_complete_run_is_told(flags, tmp_path, capsys):
@@ -692,17 +757,26 @@ def test_masks_of_dropout_go_by_seed_epoch_step_and_process():
 def test_an_epoch_that_is_run_again_replaces_its_figures(tmp_path):
     """As after a stop between the history and the checkpoint."""
 
+    lines = tmp_path / "train_log.txt"
+
     def log(epoch, loss, **more):
-        HistoryLogger(tmp_path).log_stats(
-            {"epoch": epoch, "lr": 0.1, "logit_scale": 14.0},
-            {"loss": loss},
-            {"loss": loss + 1, **more},
-        )
+        for logger in (HistoryLogger(tmp_path), EpochLogger(lines)):
+            logger.log_stats(
+                {"epoch": epoch, "lr": 0.1, "logit_scale": 14.0},
+                {"loss": loss},
+                {"loss": loss + 1, **more},
+            )
         return history(tmp_path)
 
     for epoch in (1, 2, 3):
         log(epoch, float(epoch))
+    with open(lines, "a") as file:
+        file.write("epoch: 1, torn off")
     figures = log(2, 5.0)
+    assert [line.split(" - ")[1] for line in lines.open()] == [
+        "train loss: 1.00e+00",
+        "train loss: 5.00",
+    ]
     assert figures["epoch"].tolist() == [1, 2]
     assert figures["train_loss"].tolist() == [1, 5]
     assert figures["valid_loss"].tolist() == [2, 6]
@@ -775,7 +849,7 @@ def test_clips_are_those_of_all_processes_since_the_start(monkeypatch):
         note_unreadable=lambda *_: None,
         train_sampler=MixedBatchSampler(40, 4, world_size=2),
     )
-    clock = iter([10.0, 14.0])
+    clock = iter([10.0, 14.0, 20.0, 21.0])
     monkeypatch.setattr(
         microsoft_clap_train.time, "perf_counter", clock.__next__
     )
@@ -788,6 +862,10 @@ def test_clips_are_those_of_all_processes_since_the_start(monkeypatch):
         "data_points": 80,
         "unreadable": 1,
     }
+    # Of an epoch whose last checkpoint was at its last step.
+    CLAPBrain.on_stage_start(brain, sb.Stage.TRAIN, 2)
+    CLAPBrain.on_stage_end(brain, sb.Stage.TRAIN, 0.5, 2)
+    assert math.isnan(brain.train_stats["clips_per_second"])
 
 
 def test_torchrun_trains_as_one(flags, tmp_path):

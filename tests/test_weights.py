@@ -451,7 +451,7 @@ def test_a_checkpoint_killed_while_saving_is_none(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     assert find_checkpoint(tmp_path).exists()
     assert len(checkpointer.list_checkpoints()) == 1
-    AtomicCheckpointer(tmp_path)
+    checkpointer.remove_partial()
     assert len(list(tmp_path.iterdir())) == 1
 
 
