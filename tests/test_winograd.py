@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from torch.utils.flop_counter import FlopCounterMode
 
 import models.winograd
 from models.winograd import Conv3x3, WinogradConvolution, two_wide
@@ -150,6 +151,19 @@ def test_images_two_wide_are_a_product_of_matrices(shape, layout):
     assert found.is_contiguous(memory_format=torch.channels_last)
     for a, b in zip((found, *of_found), (expected, *of_expected)):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_that_is_one_product_of_all_images(with_gradients):
+    """One for each image, over rows that overlap, takes ten times as long."""
+    x, weight = torch.randn(3, 5, 9, 2), draw(7, 5, 3, 3)
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.set_grad_enabled(with_gradients),
+    ):
+        two_wide(x, weight)
+    flop = 2 * (3 * 9) * (5 * 3 * 2) * (7 * 2)
+    assert counter.get_flop_counts()["Global"] == {torch.ops.aten.mm: flop}
 
 
 def test_no_images_have_no_gradient():
