@@ -32,7 +32,6 @@ from curation.embeddings import (
     write_store,
 )
 from dataset.prepare_zeroshot import BUILT_IN_LABELS, read_labels
-from files import read_lines
 from models.packed import pack_weights
 from models.weights import state_hash
 from models.zeroshot import class_embeddings, text_embeddings
@@ -243,39 +242,21 @@ def report(similarities, rows, classes, labels, captions, threshold):
     logger.info("%d of %d captions kept", len(rows), len(captions))
 
 
-def class_names(hparams):
-    """Labels and texts of the task's classes.
+def read_classes(hparams):
+    """The task's classes, as `dataset.prepare_zeroshot.read_labels`.
 
     Raises
     ------
     ValueError
         The data set has no built-in list and none is given.
     """
-    path = hparams["class_path"]
-    if path and not path.lower().endswith(".csv"):
-        try:
-            names = [line.strip() for line in read_lines(path)]
-        except ValueError as error:
-            raise ValueError(f"--class_path={error}") from error
-        if not names:
-            raise ValueError(f"--class_path={path} is empty")
-        texts = [name.replace("_", " ") for name in names]
-        for i, text in enumerate(texts):
-            if "\t" in text:
-                raise ValueError(
-                    f"--class_path={path}: '{names[i]}' holds a TAB; a list "
-                    "has a name a line, and a table is a CSV, label,text"
-                )
-            if text in texts[:i]:
-                raise ValueError(f"--class_path={path} lists '{text}' twice")
-        return names, texts
-    if not path and hparams["dataset"] not in BUILT_IN_LABELS:
+    path = hparams["class_path"] or BUILT_IN_LABELS.get(hparams["dataset"])
+    if path is None:
         raise ValueError(
             f"--dataset={hparams['dataset']}: give "
             f"{', '.join(BUILT_IN_LABELS)}, or the classes as --class_path"
         )
-    labels = read_labels(path or BUILT_IN_LABELS[hparams["dataset"]])
-    return labels["label"].tolist(), labels["text"].tolist()
+    return read_labels(path)
 
 
 def check_weights_of_audio(emb_dir, weights_hash):
@@ -320,7 +301,8 @@ def main(argv):
     experiment.check_numbers(hparams, ["text_bs"], 1, whole=True)
     experiment.check_numbers(hparams, ["min_captions_per_class"], 0, whole=True)
     experiment.check_prompt(hparams)
-    labels, texts = class_names(hparams)
+    task = read_classes(hparams)
+    labels = task["label"].tolist()
     table = read_captions(hparams["target_csv_path"], "target_csv_path")
     brain = CaptionBrain(
         modules={"clap": hparams["clap"]}, hparams=hparams, run_opts=run_opts
@@ -332,7 +314,8 @@ def main(argv):
     dtype = AMPConfig.from_name(brain.eval_precision).dtype
     pack_weights(hparams["clap"], dtype)
     corpus = brain.corpus(table)
-    similarities = similarities_to(corpus, brain.embed_classes(texts))
+    embeddings = brain.embed_classes(task["text"].tolist())
+    similarities = similarities_to(corpus, embeddings)
     rows, classes = choose(
         similarities,
         table["caption"],

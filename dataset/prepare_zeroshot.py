@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from files import read_table, write_csv
+from files import read_lines, read_table, write_csv
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def prepare_zeroshot(
         the folder that holds TUT-acoustic-scenes-2017-development and
         -evaluation, or one of these two, which then stands for itself.
     labels_path : str
-        CSV of the classes, as `read_labels` reads it, instead of the built-in
+        List of the classes, as `read_labels` reads it, instead of the built-in
         one.
     esc10 : bool
         Whether to take only ESC-50's ESC-10 clips and their classes.
@@ -177,7 +177,8 @@ def read_labels(path):
     ---------
     path : str
         CSV with the columns `label` and `text`; without `text`, the text is
-        the label with spaces for its underscores.
+        the label with spaces for its underscores. Or any other text file, with
+        a label a line.
 
     Returns
     -------
@@ -188,9 +189,16 @@ def read_labels(path):
     ------
     ValueError
         The file cannot be read, has no column `label`, no rows, an empty
-        cell, or a class or a text twice.
+        cell, a TAB, or a class or a text twice.
     """
-    table = read_table(path, ["label"])
+    if str(path).lower().endswith(".csv"):
+        table = read_table(path, ["label"])
+    else:
+        table = pd.DataFrame({"label": list(read_lines(path))}, dtype=str)
+    if table["label"].str.contains("\t").any():
+        raise ValueError(
+            f"{path} has TABs: give a .csv file, label,text, or a label a line"
+        )
     if "text" not in table:
         table["text"] = table["label"].str.replace("_", " ")
     labels = table[["label", "text"]].apply(lambda cells: cells.str.strip())
@@ -202,17 +210,15 @@ def read_labels(path):
     again = labels["label"].duplicated()
     if again.any():
         raise ValueError(
-            f"{path}: row {again.argmax() + 2} lists the class "
-            f"'{labels['label'][again.argmax()]}' again"
+            f"{path} lists the class '{labels['label'][again.argmax()]}' twice"
         )
     again = labels["text"].duplicated()
     if again.any():
         label, text = labels.loc[again.argmax()]
         first = labels["label"][labels["text"] == text].iloc[0]
         raise ValueError(
-            f"{path}: row {again.argmax() + 2}: the class '{label}' has the "
-            f"text of '{first}', '{text}', and would never be guessed; give "
-            "each its own"
+            f"{path}: the class '{label}' has the text of '{first}', '{text}', "
+            "and would never be guessed; give each its own"
         )
     return labels
 
@@ -459,7 +465,7 @@ def main(argv):
     parser.add_argument("--folds", nargs="+", required=True)
     parser.add_argument("--output", required=True, help="CSV to write")
     parser.add_argument("--esc10", action="store_true")
-    parser.add_argument("--labels_path", help="CSV of the classes")
+    parser.add_argument("--labels_path", help="list of the classes")
     parser.add_argument("--text_prompt", default="this is a sound of ")
     args = parser.parse_args(argv)
     data = prepare_zeroshot(

@@ -151,10 +151,10 @@ def test_text_is_the_label_with_spaces_where_there_is_none(tmp_path):
         ("name\ndog\n", "lacks the column"),
         ("label,text\n", "lists no classes"),
         ("label,text\ndog,dog\ncat,\n", "row 3 has an empty cell"),
-        ("label\ndog\ncat\ndog\n", "row 4 lists the class 'dog' again"),
+        ("label\ndog\ncat\ndog\n", "lists the class 'dog' twice"),
         (
             "label,text\nhound,dog\ncat,cat\npuppy,dog\n",
-            "row 4: the class 'puppy' has the text of 'hound', 'dog'",
+            "the class 'puppy' has the text of 'hound', 'dog'",
         ),
         ("label\nold_bell\nold bell\n", "'old bell' has the text of 'old_b"),
     ],
@@ -164,6 +164,35 @@ def test_broken_class_list(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         read_labels(path)
     assert str(path) in str(error.value)
+
+
+def test_a_list_without_a_table(tmp_path):
+    path = put(tmp_path / "classes.txt", "air_horn\n\n rain, heavy \n")
+    assert read_labels(path).to_numpy().tolist() == [
+        ["air_horn", "air horn"],
+        ["rain, heavy", "rain, heavy"],
+    ]
+    put(path, "\n")
+    with pytest.raises(ValueError, match=r"classes\.txt lists no classes"):
+        read_labels(path)
+
+
+def test_a_table_by_its_name_in_capitals(tmp_path):
+    path = put(tmp_path / "A.CSV", "label,text\ndog,a dog\nrain,it rains\n")
+    assert read_labels(path)["text"].tolist() == ["a dog", "it rains"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "dog_bark\nrain\ndog bark\n", "has the text of 'dog_bark'"),
+        ("a.tsv", "dog\ta dog barks\n", r"has TABs: give a \.csv file"),
+    ],
+)
+def test_broken_list_without_a_table(tmp_path, name, content, message):
+    path = put(tmp_path / name, content)
+    with pytest.raises(ValueError, match=message):
+        read_labels(path)
 
 
 def test_class_list_that_is_not_there(tmp_path):

@@ -1,10 +1,10 @@
-"""Which captions stand for which class, and what classes there are."""
+"""Which captions stand for which class."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from retrieve_ds_t2t import choose, class_names
+from retrieve_ds_t2t import choose
 
 
 def naive_choice(similarities, captions, threshold, count):
@@ -52,22 +52,3 @@ def test_captions_go_to_the_classes_that_they_are_most_like(count, threshold):
         found = {i: order[k] for i, k in zip(rows, classes)}
         assert found == expected
         assert rows.tolist() == sorted(rows)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.txt", "dog_bark\nrain\ndog bark\n", "lists 'dog bark' twice"),
-        ("a.tsv", "dog\ta dog barks\n", "a table is a CSV, label,text"),
-    ],
-)
-def test_lists_that_are_none(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        class_names({"class_path": str(tmp_path / name)})
-
-
-def test_a_table_by_its_name_in_capitals(tmp_path):
-    (tmp_path / "A.CSV").write_text("label,text\ndog,a dog\nrain,it rains\n")
-    names = class_names({"class_path": str(tmp_path / "A.CSV")})
-    assert names == (["dog", "rain"], ["a dog", "it rains"])
