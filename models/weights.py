@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 
 import numpy as np
 import torch
@@ -62,9 +63,13 @@ class AtomicCheckpointer(Checkpointer):
                 if not (folder / METAFNAME).exists():
                     shutil.rmtree(folder)
 
-    def _save_checkpoint_metafile(self, fpath, *args, **kwargs):
+    def _save_checkpoint_metafile(self, fpath, meta_to_include, *args):
+        # The latest even if the clock was set back since the one before.
+        times = [c.meta["unixtime"] for c in self.list_checkpoints()]
+        now = max([time.time(), *(before + 1e-3 for before in times)])
+        meta = {"unixtime": now, **meta_to_include}
         partial = fpath.with_name(_PARTIAL_META)
-        return super()._save_checkpoint_metafile(partial, *args, **kwargs)
+        return super()._save_checkpoint_metafile(partial, meta, *args)
 
     def save_checkpoint(self, *args, **kwargs):
         """As SpeechBrain's, with the meta file renamed last.

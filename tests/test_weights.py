@@ -455,6 +455,15 @@ def test_a_checkpoint_killed_while_saving_is_none(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_the_latest_is_so_though_the_clock_was_set_back(tmp_path, monkeypatch):
+    [before] = save_checkpoints(tmp_path, [{"loss": 1.0}])
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    checkpointer = AtomicCheckpointer(tmp_path, {"clap": torch.nn.Linear(1, 1)})
+    for loss in (2.0, 3.0):
+        now = checkpointer.save_checkpoint({"loss": loss}).path
+        assert find_checkpoint(tmp_path, "latest").parent == now != before
+
+
 def test_a_checkpoint_that_does_not_fit_the_disk(tmp_path):
     """What was written of it makes room again; the one before stays."""
     save_checkpoints(tmp_path, [{"loss": 1.0}])
