@@ -329,7 +329,9 @@ class CLAPBrain(sb.Brain):
         stats = {"loss": valid_loss}
         if self.zeroshot_set is not None:
             stats["acc"] = self.zeroshot_accuracy()
-        figures = stats | recalls(*map(torch.cat, zip(*self.valid_pairs)))
+        figures = dict(stats)
+        if if_main_process():  # which alone logs them
+            figures |= recalls(*map(torch.cat, zip(*self.valid_pairs)))
         self.valid_pairs = []
         scale = float(self.hparams.clap.logit_scale.exp())
         meta = {"epoch": epoch, "lr": lr, "logit_scale": scale}

@@ -5,6 +5,7 @@ import torch
 
 KS = (1, 5, 10)
 _QUERIES_AT_ONCE = 1024
+_SIMILARITIES_AT_ONCE = 2**24
 
 
 def recalls(audio, text, clip_ids, caption_ids):
@@ -62,16 +63,22 @@ def best_ranks(queries, answers, query_rows, answer_rows):
     array of int
         (queries,), from 0.
     """
-    ranks = []
-    for begin in range(0, len(queries), _QUERIES_AT_ONCE):
-        part = queries[begin : begin + _QUERIES_AT_ONCE]
+    # Small arrays that are kept of each block would cut up the memory that the
+    # next one could have had.
+    ranks = np.empty(len(queries), dtype=int)
+    most = max(_SIMILARITIES_AT_ONCE // len(answers), 1)
+    at_once = min(_QUERIES_AT_ONCE, most)
+    for begin in range(0, len(queries), at_once):
+        part = queries[begin : begin + at_once]
         with torch.autocast(part.device.type, enabled=False):
             similarities = part @ answers.T
         inside = (query_rows >= begin) & (query_rows < begin + len(part))
-        right = np.zeros(similarities.shape, dtype=bool)
-        right[query_rows[inside] - begin, answer_rows[inside]] = True
-        right = torch.from_numpy(right).to(similarities.device)
-        nearest = similarities.masked_fill(~right, -torch.inf).amax(1)
-        before = (similarities >= nearest[:, None]) & ~right
-        ranks.append(before.sum(dim=1).cpu().numpy())
-    return np.concatenate(ranks)
+        right = torch.from_numpy(
+            np.stack([query_rows[inside] - begin, answer_rows[inside]])
+        ).to(similarities.device)
+        nearest = similarities.new_full((len(part),), -torch.inf)
+        nearest.scatter_reduce_(0, right[0], similarities[*right], "amax")
+        similarities[*right] = -torch.inf
+        before = (similarities >= nearest[:, None]).sum(dim=1)
+        ranks[begin : begin + at_once] = before.cpu().numpy()
+    return ranks
