@@ -22,6 +22,7 @@ Training does this by itself. To see what there is, or to have the lists alone:
 
 import argparse
 import csv
+import functools
 import hashlib
 import html
 import json
@@ -70,6 +71,9 @@ TEST_SPLITS = {
     "clotho": re.compile("evaluation"),
     "fsd50k": re.compile("eval"),
 }
+
+# Of a table's text in memory at once.
+_HASHED_ROWS = 2**16
 
 # Arguments that say where data is.
 _PLACES = ("data_annot_folder", "train_csv_path")
@@ -308,7 +312,11 @@ def _hashes(pairs, curated):
 
 def _hash(table):
     """Hash of the cells of a table."""
-    return hashlib.sha256(table.to_csv(index=False).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for begin in range(0, max(len(table), 1), _HASHED_ROWS):
+        rows = table.iloc[begin : begin + _HASHED_ROWS]
+        digest.update(rows.to_csv(index=False, header=not begin).encode())
+    return digest.hexdigest()
 
 
 def _sizes(paths):
@@ -987,11 +995,18 @@ def _one_name(paths):
 
 def _real(paths):
     """The files that paths lead to, over whatever links; bare names stay."""
-    real = {path: path for path in paths.unique()}
-    real |= {
-        path: os.path.realpath(path) for path in real if os.path.isabs(path)
-    }
-    return paths.map(real)
+    # Of the many files of a folder, its links are followed once.
+    folder_of = functools.cache(os.path.realpath)
+
+    def real(path):
+        if not os.path.isabs(path):
+            return path
+        if os.path.islink(path):
+            return os.path.realpath(path)
+        folder, name = os.path.split(path)
+        return os.path.join(folder_of(folder), name)
+
+    return paths.map({path: real(path) for path in paths.unique()})
 
 
 def _read_curated(curation_csv, data_curation_folder):
@@ -1049,8 +1064,11 @@ def _left_to_train_on(curated, pairs, valid):
         held out with a test split.
     """
     is_valid = pairs["wav_path"].isin(valid["wav_path"])
-    validated = _are_among(curated["wav_path"], pairs[is_valid])
-    held_out = _are_among(curated["wav_path"], pairs[pairs["held_out"]])
+    which, paths = pd.factorize(curated["wav_path"])
+    paths = pd.Series(paths)
+    real = _real(paths)
+    validated = _are_among(paths, real, pairs[is_valid])[which]
+    held_out = _are_among(paths, real, pairs[pairs["held_out"]])[which]
     held_out &= ~validated
     counts = {
         "validated": int(validated.sum()),
@@ -1067,24 +1085,28 @@ def _left_to_train_on(curated, pairs, valid):
     return kept, counts
 
 
-def _are_among(paths, pairs):
+def _are_among(paths, real, pairs):
     """Whether files are recordings of these pairs, under whatever name.
 
     AudioCaps' are AudioSet's, whose files are named by their YouTube ids.
+
+    Arguments
+    ---------
+    paths, real : pandas.Series
+        The files, and where they lead to: see `_real`.
+    pairs : pandas.DataFrame
 
     Returns
     -------
     array of bool
     """
-    which, paths = pd.factorize(paths)
-    paths = pd.Series(paths)
-    among = _real(paths).isin(_real(pairs["wav_path"]))
+    among = real.isin(_real(pairs["wav_path"]))
     if "youtube_id" in pairs:
         stems = paths.map(lambda path: os.path.basename(path).split(".")[0])
         ids = pairs["youtube_id"].dropna()
         for name in YOUTUBE_NAMES:
             among |= stems.str.extract(name)[0].isin(ids)
-    return among.to_numpy()[which]
+    return among.to_numpy()
 
 
 # ---- Counts ---------------------------------------------------------------
