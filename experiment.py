@@ -178,7 +178,8 @@ def start(argv, needs, required=None, refused=None, keeps_memory=True):
             _name_source(folder, hparams_file, argv[0])
         _describe_environment(folder)
     # SpeechBrain's log file takes debug messages, of which it has thousands.
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    for package in ("matplotlib", "numba"):
+        logging.getLogger(package).setLevel(logging.WARNING)
     advice = "The same command may be given again"
     if "prev_ckpt_dir" in hparams:
         command = resume_command(argv, folder, same_command)
@@ -890,8 +891,8 @@ def _check_folder(folder, needs):
     Raises
     ------
     SystemExit
-        It, or what it would lie in, is a file; or it is that of a training run
-        and this one is none.
+        It, or what it would lie in, is a file; or a process trains in it; or
+        it is that of a training run and this one is none.
     """
     if folder is None:
         return
@@ -900,6 +901,16 @@ def _check_folder(folder, needs):
         above = os.path.dirname(above)
     if not os.path.isdir(above):
         raise SystemExit(f"--output_folder={folder}: {above} is no folder")
+    # Here, since pyarrow comes with it, which begins a store of memory.
+    from files import is_taken
+
+    # Before that run's records are written over.
+    lock = os.path.join(folder, "save", "train.lock")
+    if if_main_process() and is_taken(lock):
+        raise SystemExit(
+            f"--output_folder={folder}: another process trains there. Wait for "
+            "its end, or give another one"
+        )
     record = os.path.join(folder, "hyperparams.yaml")
     if needs in ("opt_class", "teacher") or not os.path.isfile(record):
         return

@@ -74,6 +74,18 @@ def alone(path):
         _unlock(descriptor)
 
 
+def is_taken(path):
+    """Whether another process is `alone` with a path."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # there is no such file, or there are no locks
+    return False
+
+
 def _locked(path):
     """Descriptor of a file, made if absent, that no other process writes."""
     descriptor = _with_lock(path)

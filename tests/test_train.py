@@ -89,17 +89,21 @@ def test_a_time_stamped_run_is_resumed_by_the_printed_command(
     assert len((run / "train_log.txt").read_text().splitlines()) == 2
 
 
-def test_a_second_run_in_a_folder_is_refused(flags, tmp_path):
+def test_a_second_run_in_a_folder_is_refused(flags, tmp_path, monkeypatch):
     train(flags, number_of_epochs=1)
     run = tmp_path / "run"
     before = history(run)
+    record = (run / "hyperparams.yaml").read_bytes()
     # What the other is about to write.
     (run / "save" / "CKPT+other").mkdir()
-    with (
-        alone(run / "save" / "train.lock"),
-        pytest.raises(OSError, match=r"train\.lock: another process"),
-    ):
-        train(flags)
+    with alone(run / "save" / "train.lock"):
+        with pytest.raises(SystemExit, match="run: another process trains"):
+            train(flags, base_lr=0.5)
+        # It may begin between the question and the work.
+        assert (run / "hyperparams.yaml").read_bytes() == record
+        monkeypatch.setattr("files.is_taken", lambda path: False)
+        with pytest.raises(OSError, match=r"train\.lock: another process"):
+            train(flags)
     pd.testing.assert_frame_equal(history(run), before)
     assert (run / "save" / "CKPT+other").exists()
     assert not (run / "save" / "train.lock").exists()
