@@ -25,6 +25,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import warnings
@@ -211,15 +212,20 @@ def compile_networks(hparams, mode):
 
 def _end_quietly(advice):
     """Have Ctrl-C end a script with advice in place of a traceback."""
-    log_exception = sys.excepthook
+    process = os.getpid()
 
-    def log_end(kind, error, trace):
-        if not issubclass(kind, KeyboardInterrupt):
-            log_exception(kind, error, trace)
-        elif if_main_process():
-            logger.error("Stopped by Ctrl-C. %s", advice)
+    def end(signum, _):
+        # At once, with no more left than a kill leaves: libraries make other
+        # errors of a KeyboardInterrupt, or lose it.
+        signal.signal(signum, signal.SIG_DFL)
+        try:
+            # Not in a loader's process, which has this too.
+            if os.getpid() == process and if_main_process():
+                logger.error("Stopped by Ctrl-C. %s", advice)
+        finally:
+            os.kill(os.getpid(), signum)
 
-    sys.excepthook = log_end
+    signal.signal(signal.SIGINT, end)
 
 
 def _name_source(folder, root, given):

@@ -1,5 +1,6 @@
 """Captions found in official layouts, checked, counted and split."""
 
+import hashlib
 import json
 import logging
 import os
@@ -845,6 +846,14 @@ def test_a_single_recording_leaves_none_to_validate_on(tmp_path, save):
     assert not (save / "prepare.json").exists()
     counts = prepare_captions(save, train_csv_path=ready, overfit_size=2)
     assert counts["train"] == counts["valid"]
+
+
+def test_a_table_is_hashed_in_pieces_as_if_whole(monkeypatch):
+    table = pd.DataFrame({"a": list('x,"yz'), "b": [0.5, None, 1, 2, 3]})
+    whole = hashlib.sha256(table.to_csv(index=False).encode()).hexdigest()
+    for rows in (2, 5, 9):
+        monkeypatch.setattr(module, "_HASHED_ROWS", rows)
+        assert module._hash(table) == whole
 
 
 def test_the_seed_alone_decides_the_split(tmp_path, monkeypatch):
