@@ -287,6 +287,11 @@ class CLAPBrain(sb.Brain):
             and self.step % self.grad_accumulation_factor == 0
         )
 
+    def _save_intra_epoch_ckpt(self):
+        # Each process goes on with what the checkpoint of the first one says.
+        self.avg_train_loss = _mean_of_all(self.avg_train_loss)
+        super()._save_intra_epoch_ckpt()
+
     def on_stage_start(self, stage, epoch=None):
         """Start the figures of a stage."""
         if stage == sb.Stage.TRAIN:
@@ -300,14 +305,13 @@ class CLAPBrain(sb.Brain):
             seconds = time.perf_counter() - self.start_time
             pairs = self.train_sampler.global_batch_size
             steps = (epoch - 1) * len(self.train_sampler) + self.step
-            losses = experiment.of_all_processes(float(stage_loss))
             of_each = experiment.of_all_processes(dict(self.unreadable))
             for unreadable in of_each:
                 self.note_unreadable(
                     unreadable, self.unreadable, self.num_clips
                 )
             self.train_stats = {
-                "loss": sum(losses) / len(losses),
+                "loss": _mean_of_all(float(stage_loss)),
                 # Of no steps where the last checkpoint was at the last one.
                 "clips_per_second": (self.step - self.first_step or math.nan)
                 * pairs
@@ -469,6 +473,12 @@ class HistoryLogger(train_logger.TrainLogger):
 def _itself(rows):
     """Validation compares with the pairs of the same process only."""
     return rows
+
+
+def _mean_of_all(loss):
+    """Mean over processes, which have the same number of batches."""
+    losses = experiment.of_all_processes(loss)
+    return sum(losses) / len(losses)
 
 
 def train(brain):

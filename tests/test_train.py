@@ -824,16 +824,30 @@ def on_stage_end(brain, stage, loss, epoch):
     of_script(brain, stage, loss, epoch)
 
 script.CLAPBrain.on_stage_end = on_stage_end
+of_saving = script.CLAPBrain._save_intra_epoch_ckpt
+
+def save(brain):
+    before = brain.avg_train_loss
+    of_saving(brain)
+    note(script.json.dumps([before, brain.avg_train_loss]))
+
+script.CLAPBrain._save_intra_epoch_ckpt = save
 """
 
 
 def test_figures_are_those_of_all_processes(flags, tmp_path):
     flags["train_csv_path"] = write_bad_pairs(tmp_path, bad=8)
     flags |= {"max_bad_audio": 0.5, "number_of_epochs": 1}
+    flags |= {"batch_size": 2, "ckpt_interval_steps": 2}
     noted = torchrun_watched(
         "microsoft_clap_train.py", argv(flags), tmp_path, NOTE_FIGURES
     )
-    losses, unreadable = zip(*(json.loads(line) for [line] in noted))
+    at_save, at_end = zip(*([json.loads(note) for note in of] for of in noted))
+    # What is saved is that of the first process, and loaded by both.
+    before, saved = zip(*at_save)
+    assert before[0] != before[1]
+    assert saved == (pytest.approx(np.mean(before)),) * 2
+    losses, unreadable = zip(*at_end)
     [figures] = history(tmp_path / "run").to_dict("records")
     assert losses[0] != losses[1]
     assert figures["train_loss"] == pytest.approx(np.mean(losses))
