@@ -10,6 +10,7 @@ model's window is scored on all of its windows. The output folder receives
 results.json, predictions.csv and confusion_matrix.png.
 """
 
+import contextlib
 import importlib.metadata
 import logging
 import os
@@ -23,7 +24,7 @@ from matplotlib.figure import Figure
 
 import experiment
 from dataset.pipelines import window_loader
-from files import write_csv, write_json, written_whole
+from files import write_cells, write_json, written_whole
 from models.zeroshot import (
     accuracy_interval,
     class_embeddings,
@@ -87,18 +88,22 @@ class ZeroShotBrain(sb.Brain):
             (clips, classes) cosine similarities.
         """
         folder, labels = self.hparams.output_folder, self.data.labels
+        names = "predictions.csv", "results.json", "confusion_matrix.png"
+        paths = [os.path.join(folder, name) for name in names]
         guesses = scores.argmax(axis=1)
         results = self.summary(clips, truth, guesses)
-        write_csv(
-            predictions(clips, scores, labels["label"].to_numpy()),
-            os.path.join(folder, "predictions.csv"),
-        )
-        write_json(results, os.path.join(folder, "results.json"))
+        with written_whole(paths[0]) as file:
+            best = predictions(clips, scores, labels["label"].to_numpy())
+            write_cells(best, file)
+            # Those of other weights must not lie beside these.
+            for path in paths[1:]:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path)
+        write_json(results, paths[1])
         figure = confusion_figure(
             truth, guesses, labels["text"].tolist(), results["accuracy"]
         )
-        path = os.path.join(folder, "confusion_matrix.png")
-        with written_whole(path) as file:
+        with written_whole(paths[2]) as file:
             figure.savefig(file, format="png", dpi=120)
         counts = results["counts"]
         if counts["not_scored"]:

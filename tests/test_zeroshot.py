@@ -364,6 +364,21 @@ def test_clips_that_are_not_scored_are_counted(evaluate):
     assert counts["not_scored"] == 8 and counts["missing"] == 1
 
 
+def test_results_of_other_weights_do_not_stay(evaluate, tmp_path, monkeypatch):
+    """Where the disk is full once the table is written."""
+
+    def write_json(content, path):
+        raise OSError(f"{path} cannot be written")
+
+    evaluate()
+    monkeypatch.setattr(microsoft_zeroshot, "write_json", write_json)
+    with pytest.raises(OSError, match="cannot be written"):
+        evaluate()
+    folder = tmp_path / "run"
+    assert [path.name for path in folder.glob("*.csv")] == ["predictions.csv"]
+    assert not [*folder.glob("*.json"), *folder.glob("*.png")]
+
+
 def test_accuracy_interval():
     """Against the normal approximation, and at the ends."""
     correct = np.arange(400) < 300
