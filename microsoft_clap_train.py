@@ -25,6 +25,7 @@ import time
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import speechbrain as sb
 import torch
 from matplotlib.figure import Figure
@@ -498,10 +499,35 @@ def train(brain):
     lock = os.path.join(brain.hparams.save_folder, "train.lock")
     with alone(lock) if if_main_process() else contextlib.nullcontext():
         brain.checkpointer.remove_partial()
-        _train(brain)
+        loaders = prepare(brain)
+        # What reading the manifests took.
+        pa.default_memory_pool().release_unused()
+        brain.fit(brain.hparams.epoch_counter, *loaders)
+    if brain.unreadable:
+        logger.warning("%d audio files were skipped", len(brain.unreadable))
+    # With --debug, a temporary folder; with --test_only, perhaps nothing.
+    if brain.checkpointer.find_checkpoint() is not None:
+        logger.info(
+            "The best checkpoint, by validation %s, is %s; later commands take "
+            "the last one with --ssl_checkpointer=latest",
+            "loss" if brain.zeroshot_set is None else "accuracy",
+            find_checkpoint(brain.checkpointer.checkpoints_dir),
+        )
 
 
-def _train(brain):
+def prepare(brain):
+    """All that comes before the first step.
+
+    Arguments
+    ---------
+    brain : CLAPBrain
+        It is given what it needs besides.
+
+    Returns
+    -------
+    tuple of torch.utils.data.DataLoader
+        Of the training and the validation pairs.
+    """
     hparams = brain.hparams
     is_new = brain.checkpointer.find_checkpoint() is None
     if is_new:
@@ -548,21 +574,7 @@ def _train(brain):
     brain.keep_best()
     # With --debug, an epoch is a few batches: no figures of a run.
     brain.loggers = [] if brain.debug else make_loggers(hparams)
-    brain.fit(
-        hparams.epoch_counter,
-        train_loader,
-        make_valid_loader(brain, manifests[-1]),
-    )
-    if brain.unreadable:
-        logger.warning("%d audio files were skipped", len(brain.unreadable))
-    # With --debug, a temporary folder; with --test_only, perhaps nothing.
-    if brain.checkpointer.find_checkpoint() is not None:
-        logger.info(
-            "The best checkpoint, by validation %s, is %s; later commands take "
-            "the last one with --ssl_checkpointer=latest",
-            "loss" if zeroshot is None else "accuracy",
-            find_checkpoint(brain.checkpointer.checkpoints_dir),
-        )
+    return train_loader, make_valid_loader(brain, manifests[-1])
 
 
 def record_settings(brain, names, is_new):

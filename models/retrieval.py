@@ -4,7 +4,6 @@ import numpy as np
 import torch
 
 KS = (1, 5, 10)
-_QUERIES_AT_ONCE = 1024
 _SIMILARITIES_AT_ONCE = 2**24
 
 
@@ -66,8 +65,7 @@ def best_ranks(queries, answers, query_rows, answer_rows):
     # Small arrays that are kept of each block would cut up the memory that the
     # next one could have had.
     ranks = np.empty(len(queries), dtype=int)
-    most = max(_SIMILARITIES_AT_ONCE // len(answers), 1)
-    at_once = min(_QUERIES_AT_ONCE, most)
+    at_once = max(_SIMILARITIES_AT_ONCE // len(answers), 1)
     for begin in range(0, len(queries), at_once):
         part = queries[begin : begin + at_once]
         with torch.autocast(part.device.type, enabled=False):

@@ -87,8 +87,9 @@ class AtomicCheckpointer(Checkpointer):
             raise OSError(
                 f"No checkpoint could be written to {self.checkpoints_dir}, "
                 f"where {free:.0f} MiB are free: {error}. If the disk is full, "
-                "make room; log.txt has the command that goes on from the "
-                "checkpoint before"
+                "or a limit reached (a quota, or ulimit -f), make room; "
+                "log.txt has the command that goes on from the checkpoint "
+                "before"
             ) from error
         if checkpoint is not None:
             partial = checkpoint.path / _PARTIAL_META

@@ -80,10 +80,12 @@ def write_esc_layout(folder):
 
 @pytest.fixture(autouse=True)
 def logging_as_before():
-    """A script's main, run in this process, sets up logs for its own."""
+    """A script's main, run in this process, sets up logs and Ctrl-C."""
     root = logging.getLogger()
     level, handlers, hook = root.level, root.handlers[:], sys.excepthook
+    interrupt = signal.getsignal(signal.SIGINT)
     yield
+    signal.signal(signal.SIGINT, interrupt)
     root.setLevel(level)
     root.handlers[:] = handlers
     sys.excepthook = hook
