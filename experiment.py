@@ -40,6 +40,7 @@ from speechbrain.utils.distributed import (
     ddp_broadcast,
     ddp_init_group,
     if_main_process,
+    run_on_main,
 )
 from speechbrain.utils.run_opts import RunOptions
 
@@ -79,7 +80,7 @@ _OF_TRAINING = dict.fromkeys(
 _NO_OPTIONS = ("param_file", "overridden_args")
 # What HyperPyYAML takes for the value of a key, in any text.
 _REFERENCE = re.compile("<[^<>]+>")
-# How SpeechBrain begins the copy of a YAML file in a run's folder.
+# How the copy of a YAML file in a run's folder begins, as SpeechBrain's.
 _RECORD = "# Generated "
 # Texts that mean nothing: YAML's, and Python's.
 _NULLS = ("", "~", "null", "Null", "NULL", "None")
@@ -110,7 +111,8 @@ def start(argv, needs, required=None, refused=None, keeps_memory=True):
     -------
     tuple of dict
         The hyperparameters, read-only from here on, and the run options that
-        were given, with `device`.
+        were given, with `device`. `write_records` of the former is to be called
+        by a run that is gone on with, as soon as it takes the flags.
 
     Raises
     ------
@@ -171,13 +173,13 @@ def start(argv, needs, required=None, refused=None, keeps_memory=True):
     if run_opts.pop("compile", False):
         compile_networks(hparams, run_opts.pop("compile_mode", None))
     folder = hparams["output_folder"]
-    sb.create_experiment_directory(
-        folder, hparams_file, overrides, save_env_desc=False
+    sb.create_experiment_directory(folder, save_env_desc=False)
+    hparams["write_records"] = functools.partial(
+        _write_records, folder, argv[0], hparams_file, overrides
     )
-    if if_main_process():
-        if hparams_file != argv[0]:
-            _name_source(folder, hparams_file, argv[0])
-        _describe_environment(folder)
+    # A run that is gone on with may refuse these flags.
+    if "prev_ckpt_dir" not in hparams or not os.path.exists(_record_of(folder)):
+        run_on_main(hparams["write_records"])
     # SpeechBrain's log file takes debug messages, of which it has thousands.
     for package in ("matplotlib", "numba"):
         logging.getLogger(package).setLevel(logging.WARNING)
@@ -228,14 +230,24 @@ def _end_quietly(advice):
     signal.signal(signal.SIGINT, end)
 
 
-def _name_source(folder, root, given):
-    """Have a run's record name the YAML file that was given, not its base."""
-    path = os.path.join(folder, "hyperparams.yaml")
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    root, given = (f"# {os.path.abspath(name)}\n" for name in (root, given))
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text.replace(root, given, 1))
+def _record_of(folder):
+    """Where SpeechBrain's recipes have a copy of their YAML file."""
+    return os.path.join(folder, "hyperparams.yaml")
+
+
+def _write_records(folder, given, root, overrides):
+    """Write down a command's hyperparameters and environment.
+
+    SpeechBrain, too, writes `hyperparams.yaml`, but before a run can refuse a
+    command, and names the base in place of the YAML file that was given.
+    """
+    with open(root, encoding="utf-8") as file:
+        resolved = resolve_references(file, overrides).read()
+    with open(_record_of(folder), "w", encoding="utf-8") as file:
+        today = datetime.date.today()
+        file.write(f"{_RECORD}{today} from:\n# {os.path.abspath(given)}\n")
+        file.write(resolved)
+    _describe_environment(folder)
 
 
 def _describe_environment(folder):
@@ -917,7 +929,7 @@ def _check_folder(folder, needs):
             f"--output_folder={folder}: another process trains there. Wait for "
             "its end, or give another one"
         )
-    record = os.path.join(folder, "hyperparams.yaml")
+    record = _record_of(folder)
     if needs in ("opt_class", "teacher") or not os.path.isfile(record):
         return
     with open(record, encoding="utf-8", errors="replace") as file:

@@ -561,6 +561,7 @@ def prepare(brain):
     train_loader = make_train_loader(brain, manifests[:-1])
     brain.train_sampler = train_loader.batch_sampler
     record_settings(brain, names, is_new)
+    run_on_main(hparams.write_records)
     brain.unreadable, brain.zeroshot_unreadable = Unreadable(), {}
     # Optional: runs of earlier versions have none.
     brain.checkpointer.add_recoverable(

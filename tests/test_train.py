@@ -162,10 +162,13 @@ def test_a_complete_run_is_told(flags, tmp_path, capsys):
     assert all(torch.equal(before[name], after[name]) for name in before)
     train(flags, number_of_epochs=2)
     assert "nothing is trained" not in capsys.readouterr().out
+    record = (tmp_path / "run" / "hyperparams.yaml").read_text()
+    assert "number_of_epochs: 2\n" in record
 
 
-def test_a_run_keeps_the_settings_that_it_began_with(flags, tones):
+def test_a_run_keeps_the_settings_that_it_began_with(flags, tones, tmp_path):
     train(flags, number_of_epochs=1)
+    record = (tmp_path / "run" / "hyperparams.yaml").read_bytes()
     network = yaml.safe_load(flags["clap"])
     curated = {"curation_prob": 0.5, "curation_csv": f"{tones}/curated.csv"}
     frozen = network | {"freeze_text_encoder": True}
@@ -199,6 +202,7 @@ def test_a_run_keeps_the_settings_that_it_began_with(flags, tones):
     ):
         with pytest.raises(ValueError, match=message):
             train(flags, **changes)
+    assert (tmp_path / "run" / "hyperparams.yaml").read_bytes() == record
     # An earlier version wrote down less.
     path = f"{flags['output_folder']}/save/settings.json"
     with open(path) as file:
