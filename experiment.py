@@ -189,6 +189,8 @@ def start(argv, needs, required=None, refused=None, keeps_memory=True):
         advice = f"To go on with this run after a stop:\n  {command}"
         logger.info(advice)
     _end_quietly(advice)
+    if if_main_process():
+        _say_errors_shortly(os.path.join(folder, "log.txt"))
     return hparams, run_opts
 
 
@@ -228,6 +230,26 @@ def _end_quietly(advice):
             os.kill(os.getpid(), signum)
 
     signal.signal(signal.SIGINT, end)
+
+
+def _say_errors_shortly(log):
+    """Have errors of the kinds that name a user's file or flag end in a line.
+
+    Arguments
+    ---------
+    log : str
+        SpeechBrain's log file, which alone has their tracebacks.
+    """
+    say_whole = sys.excepthook
+
+    def say(kind, error, traceback):
+        if not issubclass(kind, OSError | RuntimeError | ValueError):
+            say_whole(kind, error, traceback)
+            return
+        logger.debug("Exception:", exc_info=(kind, error, traceback))
+        logger.error("%s: %s (traceback: %s)", kind.__name__, error, log)
+
+    sys.excepthook = say
 
 
 def _record_of(folder):

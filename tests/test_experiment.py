@@ -278,6 +278,28 @@ def test_a_record_names_the_file_that_was_given(tmp_path, monkeypatch):
         experiment.parse_arguments(["run/hyperparams.yaml"])
 
 
+def test_errors_of_a_user_end_in_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "h.yaml").write_text("output_folder: run\nneeded: 1\n")
+    experiment.start(["h.yaml"], needs="needed")
+    capsys.readouterr()
+    for given, is_of_the_code in (
+        (ValueError("row 3 has no caption"), False),
+        (FileNotFoundError(2, "No such file", "a.wav"), False),
+        (RuntimeError("8 of 9 files cannot be read"), False),
+        (TypeError("takes no argument"), True),
+    ):
+        try:
+            raise given
+        except Exception as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+        said = capsys.readouterr().out
+        assert ("Traceback" in said) == is_of_the_code
+        assert f"{type(given).__name__}: {given}" in said
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("Traceback (most recent call last)") == 4
+
+
 def test_folders_that_a_run_cannot_have(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "h.yaml").write_text("output_folder: x\nneeded: 1\n")
