@@ -112,7 +112,7 @@ def start(argv, needs, required=None, refused=None, keeps_memory=True):
     tuple of dict
         The hyperparameters, read-only from here on, and the run options that
         were given, with `device`. `write_records` of the former is to be called
-        by a run that is gone on with, as soon as it takes the flags.
+        as soon as what the folder holds is made, or gone on with, by these.
 
     Raises
     ------
@@ -168,7 +168,8 @@ def start(argv, needs, required=None, refused=None, keeps_memory=True):
         raise SystemExit(
             f"--text_model={text_model} cannot be had. Give that of the "
             "model's training: a folder, or a name on the hub where there is a "
-            f"network ({error})"
+            "network; of one without weights of its own, with --clap="
+            f"'{{text_pretrained: False}}' ({error})"
         ) from error
     if run_opts.pop("compile", False):
         compile_networks(hparams, run_opts.pop("compile_mode", None))
@@ -177,8 +178,8 @@ def start(argv, needs, required=None, refused=None, keeps_memory=True):
     hparams["write_records"] = functools.partial(
         _write_records, folder, argv[0], hparams_file, overrides
     )
-    # A run that is gone on with may refuse these flags.
-    if "prev_ckpt_dir" not in hparams or not os.path.exists(_record_of(folder)):
+    # What is there already may have been made with other flags, and stay.
+    if not os.path.exists(_record_of(folder)):
         run_on_main(hparams["write_records"])
     # SpeechBrain's log file takes debug messages, of which it has thousands.
     for package in ("matplotlib", "numba"):

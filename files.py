@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import os
+import re
 
 import numpy as np
 import pandas as pd
@@ -255,7 +256,18 @@ def _batches(path, columns):
                 yield from held.slice(0, whole).to_batches()
                 held = held.slice(whole)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {_said(error)}") from error
+
+
+def _said(error):
+    """An error of reading a text, and what to do."""
+    text = str(error)
+    if isinstance(error, UnicodeDecodeError) or "invalid UTF8" in text:
+        return f"{text}; save it as UTF-8"
+    counts = re.search(r"Expected (\d+) columns, got (\d+)", text)
+    if counts and int(counts[2]) > int(counts[1]):
+        return f"{text}; put cells that hold commas in quotes"
+    return text
 
 
 def _empty_lines_below(file):
@@ -296,6 +308,8 @@ def _check_columns(names, columns):
     lacking = [column for column in columns if column not in names]
     if lacking:
         remedy = ""
+        if set(lacking) & {name.strip() for name in names}:
+            remedy = "; delete the blanks around names"
         if len(names) == 1 and (";" in names[0] or "\t" in names[0]):
             remedy = "; separate columns by commas"
         raise ValueError(
@@ -303,7 +317,8 @@ def _check_columns(names, columns):
             f"{','.join(names)}{remedy}"
         )
     if len(set(names)) < len(names):
-        raise ValueError(f"it has two columns of one name: {names}")
+        remedy = "; delete those without a name" if "" in names else ""
+        raise ValueError(f"it has two columns of one name: {names}{remedy}")
 
 
 def check_paths(table, source, first_row=2):
@@ -374,4 +389,4 @@ def read_lines(path):
                 if line.strip():
                     yield line.rstrip("\n")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {_said(error)}") from error

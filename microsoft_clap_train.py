@@ -116,6 +116,7 @@ class CLAPBrain(sb.Brain):
                 k: v for k, v in optimizer.keywords.items() if k != "lr"
             },
             "lr_plateau": {name: plateau[name] for name in self.plateau},
+            "teacher": None,  # of soft labels
             **self.hparams.tokenizer.settings(),
         }
 
@@ -801,7 +802,7 @@ def make_valid_loader(brain, manifest):
     torch.utils.data.DataLoader
     """
     hparams, recordings = brain.hparams, manifest["wav_path"].nunique()
-    if recordings < _FEW_RECORDINGS:
+    if recordings < _FEW_RECORDINGS and not hparams.use_zs_loader:
         logger.warning(
             "The validation set has %d recordings, whose loss tells little of "
             "which checkpoint is the best: raise --valid_pct, choose by "

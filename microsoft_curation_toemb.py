@@ -28,6 +28,7 @@ from speechbrain.utils.distributed import (
     ddp_barrier,
     ddp_broadcast,
     if_main_process,
+    run_on_main,
 )
 from torch.utils.data import DataLoader
 
@@ -469,6 +470,7 @@ def main(argv):
         brain.dump_audio(read_audio_list(hparams["audio_pathfile"]), reserved)
     if writer is not None:
         brain.dump_text(writer, table)
+    run_on_main(hparams["write_records"])
     experiment.finish()
 
 

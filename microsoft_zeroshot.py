@@ -99,6 +99,7 @@ class ZeroShotBrain(sb.Brain):
             for path in paths[1:]:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(path)
+        self.hparams.write_records()
         write_json(results, paths[1])
         figure = confusion_figure(
             truth, guesses, labels["text"].tolist(), results["accuracy"]

@@ -187,8 +187,9 @@ def choose(similarities, captions, threshold, min_captions_per_class):
             lacking[k] -= 1
     if lacking.any():
         logger.warning(
-            "There are too few captions to give --min_captions_per_class=%d to "
-            "each class: %d classes have fewer",
+            "Too few captions are left below --sim_threshold to give each "
+            "class --min_captions_per_class=%d, with those that reach it: %d "
+            "classes have fewer",
             min_captions_per_class,
             np.count_nonzero(lacking),
         )
@@ -351,6 +352,7 @@ def main(argv):
         },
         f"{base}_ds.csv",
     )
+    hparams["write_records"]()
     logger.info("%d captions in %s_ds.csv", len(rows), base)
 
 

@@ -663,6 +663,7 @@ def retrieve(audio, text, hparams, run_opts):
     sink = write_pairs(batches, audio, text, hparams)
     if not if_main_process():
         return
+    hparams["write_records"]()
     unit = "windows" if has_windows(audio.manifest) else "clips"
     num_captions = int((sink.kept > 0).sum())
     by_class = pairs_by_class(text.manifest, sink.kept)

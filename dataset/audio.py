@@ -89,6 +89,8 @@ def _why_not_opened(path, error):
             "is in a format that is not read: convert it to one of "
             f"{' '.join(AUDIO_SUFFIXES)}"
         )
+    if os.path.getsize(path) == 0:
+        return "is empty: 0 bytes"
     return f"cannot be opened: {error}"
 
 

@@ -233,9 +233,12 @@ def find_checkpoint(folder, which=None):
         elif matching:
             chosen, why = matching[0], "as named"
         else:
+            keys = set().union(*(c.meta for c in checkpoints))
+            names = [key for key in ("acc", "loss") if key in keys]
+            names += ["latest", *(c.path.name for c in checkpoints)]
             raise FileNotFoundError(
-                f"{named} has no checkpoint '{which}'; give acc, loss, latest "
-                f"or one of {', '.join(c.path.name for c in checkpoints)}"
+                f"{named} has no checkpoint '{which}'; give one of "
+                f"{', '.join(names)}"
             )
     path = chosen.path / "clap.ckpt"
     if not path.exists():
@@ -269,6 +272,11 @@ def read_state(path, flag):
         Not a weight file, or its front end is another one.
     """
     named = f"--{flag}={path}"
+    if os.path.isdir(path):
+        raise FileNotFoundError(
+            f"{named} is a folder: give a file, or a run's checkpoints as "
+            "--ssl_checkpoints_dir"
+        )
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{named} does not exist")
     try:
@@ -361,8 +369,8 @@ def _load_strict(module, state, path):
     if said:
         raise ValueError(
             f"{path} does not fit the model. Parameters {'; '.join(said)}. "
-            "The network's settings (the key clap) must be those that the "
-            "weights were trained with."
+            "The network's settings (--clap) and its --text_model must be "
+            "those that the weights were trained with."
         )
     broken = [
         name

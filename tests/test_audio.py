@@ -251,6 +251,7 @@ def test_unusable_files(tmp_path):
 
 def test_the_reason_why_a_file_cannot_be_opened(tmp_path):
     (tmp_path / "folder.wav").mkdir()
+    (tmp_path / "zero.wav").touch()
     (tmp_path / "text.wav").write_text("no audio")
     (tmp_path / "video.MP4").write_text("no audio either")
     (tmp_path / "link.wav").symlink_to(tmp_path / "absent.wav")
@@ -258,6 +259,7 @@ def test_the_reason_why_a_file_cannot_be_opened(tmp_path):
         ("absent.wav", "^is missing$"),
         ("link.wav", "^is missing$"),
         ("folder.wav", "^is a folder$"),
+        ("zero.wav", "^is empty: 0 bytes$"),
         ("text.wav", "^cannot be opened: .*text.wav"),
         ("video.MP4", r"^is in a format that is not read: .* \.wav \.flac"),
     ):

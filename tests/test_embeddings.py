@@ -326,7 +326,7 @@ AUDIO, TEXT = {"text_pathfile": None}, {"audio_pathfile": None}
 )  # fmt: skip
 @pytest.mark.parametrize("finished", [True, False])
 def test_what_was_changed_is_named(
-    embed, changed, inputs, changes, name, finished, monkeypatch
+    embed, changed, inputs, changes, name, finished, monkeypatch, tmp_path
 ):
     """Of a finished store, and of one in the making."""
     if not finished:
@@ -334,8 +334,10 @@ def test_what_was_changed_is_named(
     with contextlib.suppress(KeyboardInterrupt):
         embed(**inputs, precision="fp32")
     changes = {k: v.replace("{}", str(changed)) for k, v in changes.items()}
+    record = (tmp_path / "run" / "hyperparams.yaml").read_bytes()
     with pytest.raises(ValueError, match="is of other embeddings") as caught:
         embed(**{**inputs, "precision": "fp32", **changes})
+    assert (tmp_path / "run" / "hyperparams.yaml").read_bytes() == record
     message = str(caught.value)
     assert ("partial" in message) != finished
     assert re.findall(r"(\w+) \([^()]* there, [^()]* now\)", message) == [name]

@@ -297,6 +297,18 @@ def test_a_run_keeps_its_teacher(student, flags, tmp_path):
         train(student, teacher_checkpoints_dir=tmp_path / "other")
 
 
+def test_labels_of_a_run_stay_soft_or_hard(student, tmp_path):
+    train(student, number_of_epochs=1)
+    with pytest.raises(ValueError, match=r"teacher \(\w{12} -> None\)\. "):
+        microsoft_clap_train.main(argv(TEACHER, student))
+    # The teacher's own run, whose labels are hard.
+    folder = tmp_path / "teacher"
+    keys = ("ssl_checkpoints_dir", "curation_csv", "curation_prob")
+    same = student | dict.fromkeys(keys) | {"output_folder": folder}
+    with pytest.raises(ValueError, match=r"teacher \(None -> \w{12}\)\. "):
+        train(same, teacher_checkpoints_dir=folder / "save")
+
+
 def test_scripts_take_their_own_settings(student):
     with pytest.raises(SystemExit, match="is of softclap_train.py"):
         microsoft_clap_train.main(argv(STUDENT, student))

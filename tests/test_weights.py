@@ -372,6 +372,8 @@ class Malicious:
 def test_files_that_are_no_weights(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="clap_ckpt_path"):
         read_state(str(tmp_path / "absent"), "clap_ckpt_path")
+    with pytest.raises(FileNotFoundError, match="is a folder: .*as --ssl_ch"):
+        read_state(str(tmp_path), "clap_ckpt_path")
     (tmp_path / "text").write_text("hello")
     torch.save({"model": {}}, tmp_path / "empty")
     torch.save({"model": Malicious()}, tmp_path / "code")
@@ -416,7 +418,7 @@ def test_best_checkpoint(tmp_path, monkeypatch):
 def test_best_by_loss_where_there_is_no_accuracy(tmp_path):
     a, _ = save_checkpoints(tmp_path, [{"loss": 1.0}, {"loss": 2.0}])
     assert find_checkpoint(tmp_path).parent == a
-    with pytest.raises(FileNotFoundError, match="acc"):
+    with pytest.raises(FileNotFoundError, match="give one of loss, latest, C"):
         find_checkpoint(tmp_path, "acc")
 
 

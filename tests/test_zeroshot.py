@@ -231,12 +231,18 @@ def test_prompt_flags(evaluate):
 
 
 @pytest.mark.parametrize("folds", ["[2]", "2"])
-def test_folds(evaluate, folds):
+def test_folds(evaluate, folds, tmp_path):
     results, table = evaluate(folds=folds)
     assert set(table["fold"]) == {2}
     assert list(results["folds"]) == ["2"]
+    record = tmp_path / "run" / "hyperparams.yaml"
+    before = record.read_text()
     with pytest.raises(ValueError, match=r"folds=\[7\].*1, 2"):
         evaluate(folds=folds.replace("2", "7"))
+    # The results that are there are not of these.
+    assert record.read_text() == before
+    evaluate(batch_size=3)
+    assert "batch_size: 3" in record.read_text()
 
 
 def test_other_data_sets(evaluate, tmp_path):
