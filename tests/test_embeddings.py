@@ -1259,7 +1259,7 @@ def test_captions_that_are_more_like_another_class_count_for_both():
 
 def test_captions_too_few_for_all_classes_are_told(caplog):
     chosen_rows([[0.9, 0.1], [0.8, 0.5]], "ab", 0.7, 2)
-    assert "2 to each class: 1 classes have fewer" in caplog.text
+    assert "per_class=2, with those that reach it: 1 classes" in caplog.text
 
 
 def test_pairs_of_captions_keep_their_audio(choose_captions, tmp_path):
