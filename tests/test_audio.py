@@ -138,6 +138,20 @@ def test_crop_reaches_both_ends_and_takes_a_start(tmp_path):
     assert torch.equal(reader.crop(path, start=99)[0], samples[-16000:])
 
 
+def test_all_places_of_a_crop_are_alike(tmp_path):
+    """Of two, one for each half of the fractions."""
+    path = write_noise(tmp_path / "a.wav", 1 + 1 / 16000, 16000)
+    reader = AudioReader(16000, 1.0)
+    starts = [reader.crop(path, f)[1] * 16000 for f in (0, 0.49, 0.51, 0.99)]
+    assert starts == [0, 0, 1, 1]
+
+
+def test_the_last_frame_is_in_a_window(tmp_path):
+    """Where it makes half a sample."""
+    path = write_noise(tmp_path / "a.wav", 1 + 1 / 16000, 16000)
+    assert AudioReader(8000, 1.0).starts(path) == [0, 1 / 8000]
+
+
 def test_crop_within_a_part(tmp_path):
     path = write_noise(tmp_path / "a.wav", 3.0, 16000)
     reader = AudioReader(16000, 1.0)

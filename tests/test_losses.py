@@ -45,6 +45,29 @@ def test_captions_of_a_clip_and_clips_of_a_caption_are_no_negatives():
     torch.testing.assert_close(targets, expected)
 
 
+def test_each_direction_has_its_own_targets():
+    audio, text = embeddings(5, 0), embeddings(5, 1)
+    own = [torch.softmax(3 * embeddings(5, seed, d=5), 1) for seed in (2, 3)]
+    scale = torch.tensor(10.0)
+    loss = contrastive_loss(audio, text, audio, text, scale, *own)
+    logits = 10 * audio @ text.T
+    expected = -sum(
+        (targets * x.log_softmax(1)).sum(1).mean() / 2
+        for targets, x in zip(own, (logits, logits.T))
+    )
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_student_is_validated_with_hard_labels():
+    """Without a look at its teacher."""
+    ids = torch.tensor([0, 0, 1])
+    batch = SimpleNamespace(clip_ids=ids, caption_ids=torch.arange(3))
+    brain = SoftCLAPBrain.__new__(SoftCLAPBrain)
+    found = SoftCLAPBrain.targets(brain, batch, Stage.VALID, lambda x: x)
+    expected = torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]])
+    assert all(torch.equal(targets, expected) for targets in found)
+
+
 def test_identical_embeddings_have_the_uniform_loss():
     same = embeddings(1, 0).expand(4, -1)
     ids = torch.arange(4)

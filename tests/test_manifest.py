@@ -39,6 +39,11 @@ def test_what_is_no_time(tmp_path, name, cell):
         read(path, name, "0", cell, "-1")
 
 
+def test_the_row_of_a_wrong_time_is_named_behind_equal_ones(tmp_path):
+    with pytest.raises(ValueError, match="row 5 has the start 'soon'"):
+        read(tmp_path / "a.csv", "start", "0", "0", "0", "soon")
+
+
 def test_a_part_that_ends_before_it_starts(tmp_path):
     path = tmp_path / "a.csv"
     message = f"^--curation_csv={path}: row 4 has the end 1.5, before its start"

@@ -76,6 +76,24 @@ def test_epochs_do_not_depend_on_those_drawn_before():
     assert alone != epochs(3, **{**kwargs, "seed": 6})[2]
 
 
+def test_seeds_and_epochs_choose_the_sets_and_the_rows():
+    """Each by itself, and the rows of each set by themselves."""
+    sizes = dict(num_pairs=400, num_curated=400, batch_size=4)
+
+    def sources(count, **kwargs):
+        drawn = epochs(count, curation_prob=0.5, **sizes, **kwargs)
+        return [[min(batch) >= 400 for batch in epoch] for epoch in drawn]
+
+    [first, second], [other] = sources(2, seed=1), sources(1, seed=2)
+    assert first != second and first != other
+    paired, curated, other = (
+        epochs(1, curation_prob=prob, seed=seed, **sizes)[0]
+        for prob, seed in ((0, 1), (1, 1), (0, 2))
+    )
+    assert paired != other
+    assert paired != [[row - 400 for row in batch] for batch in curated]
+
+
 def test_processes_share_the_batches_of_one():
     kwargs = dict(num_pairs=32, num_curated=16, curation_prob=0.5)
     [whole] = epochs(1, batch_size=8, **kwargs)
@@ -87,6 +105,8 @@ def test_processes_share_the_batches_of_one():
 def test_impossible_settings():
     with pytest.raises(ValueError, match="smaller batch_size"):
         MixedBatchSampler(num_pairs=10, batch_size=11)
+    with pytest.raises(ValueError, match="A batch of 6 in 2 process"):
+        MixedBatchSampler(num_pairs=10, batch_size=6, world_size=2)
     with pytest.raises(ValueError, match="0 curated"):
         MixedBatchSampler(num_pairs=10, batch_size=5, curation_prob=0.1)
     with pytest.raises(ValueError, match="from 0 to 1"):

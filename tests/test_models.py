@@ -5,6 +5,8 @@ import os
 import shutil
 import sysconfig
 
+import librosa
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,6 +166,30 @@ def test_frozen_encoders_stay_as_they_are(text_model):
     }
     assert changed
     assert not any(".base." in k for k in changed)
+
+
+@pytest.mark.parametrize("side", ["audio", "text"])
+def test_one_encoder_may_be_frozen(text_model, side):
+    switch = {f"freeze_{side}_encoder": True}
+    model = CLAP(text_model, text_pretrained=False, width=2, **switch)
+    frozen, other = model.audio_encoder, model.caption_encoder
+    if side == "text":
+        frozen, other = other, frozen
+    assert not any(p.requires_grad for p in frozen.base.parameters())
+    assert any(p.requires_grad for p in other.base.parameters())
+
+
+def test_settings_reach_the_network(text_model):
+    """Those that the shapes of its parameters do not tell."""
+    sizes = {"sample_rate": 16000, "width": 2, "text_pretrained": False}
+    model = CLAP(text_model, fmin=200, fmax=7000, dropout_factor=0, **sizes)
+    melW = librosa.filters.mel(
+        sr=16000, n_fft=1024, n_mels=64, fmin=200, fmax=7000
+    )
+    network = model.audio_encoder.base.train()
+    np.testing.assert_allclose(network.logmel_extractor.melW, melW.T)
+    wavs = torch.randn(2, 16000)
+    assert torch.equal(network(wavs), network(wavs))
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,8 @@ def test_batches_hold_so_many_windows(folder, tmp_path):
     # 3, 3, 1, 1, 2, 9, 3, 3
     found = batches_of_windows(paths, AudioReader(1000, 1), 8, hides_bar=True)
     assert found == [[0, 1, 2, 3], [4], [5], [6, 7]]
+    found = batches_of_windows(paths, AudioReader(1000, 1), 5, hides_bar=True)
+    assert found == [[0], [1, 2, 3], [4], [5], [6], [7]]
 
 
 @pytest.mark.parametrize(
@@ -108,15 +110,16 @@ def test_positives_are_equal_clips_and_captions(folder):
         pairs(folder, [("a", "x"), ("a", "y"), ("b", "x"), ("c", "z")]),
         pairs(folder, [("b", "w", 1.0, 2.0), ("d", "y", 1.0, 2.0)]),
         pairs(folder, [("b", "v", 1.0, 2.0), ("b", "u", 0.0, 1.0)]),
+        pairs(folder, [("b", "t", 1.0, 2.5)]),
     ]
     data = dataset(*manifests)
     batch = PairCollator(lambda captions: {"text": captions})(
-        [data[1, row] for row in range(8)]
+        [data[1, row] for row in range(9)]
     )
     every = pd.concat(manifests)
     assert batch.tokens["text"] == every["caption"].tolist()
     clips = batch.wavs[:, 0] // 10000
-    assert clips.tolist() == [0, 0, 1, 2, 1, 3, 1, 1]
+    assert clips.tolist() == [0, 0, 1, 2, 1, 3, 1, 1, 1]
     windows = every[["wav_path", "start", "end"]].astype(str).sum(axis=1)
     for ids, values in (
         (batch.clip_ids, windows.to_numpy()),

@@ -1064,6 +1064,24 @@ def test_a_run_that_failed_is_not_taken_for_one_that_did_not(tmp_path, save):
         prepare_captions(save, train_csv_path=ready)
 
 
+def test_a_run_that_broke_off_leaves_no_record(tmp_path, save, monkeypatch):
+    """Of earlier arguments, beside lists of its own."""
+
+    def full(content, path):
+        raise OSError("No space left on device")
+
+    ready = ready_csv(tmp_path, clips=4)
+    prepare_captions(save, train_csv_path=ready)
+    before = (save / "train_raw.csv").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_json", full)
+        with pytest.raises(OSError, match="No space left"):
+            prepare_captions(save, train_csv_path=ready, valid_pct=0.5)
+    assert (save / "train_raw.csv").read_bytes() != before
+    prepare_captions(save, train_csv_path=ready)
+    assert (save / "train_raw.csv").read_bytes() == before
+
+
 def test_logs_a_line_per_data_set_and_one_for_the_split(data, save, caplog):
     caplog.set_level(logging.INFO, logger="dataset.prepare_captions")
     text(data / "train.csv", HEADER + "1,aaaaaaaaaaa,30,x\n2,b,0,y\n")

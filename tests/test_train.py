@@ -111,6 +111,40 @@ def test_a_second_run_in_a_folder_is_refused(flags, tmp_path, monkeypatch):
     assert not (run / "save" / "CKPT+other").exists()
 
 
+def test_the_seed_is_that_of_batches_and_crops(flags, monkeypatch):
+    seeds = []
+
+    def fit(brain, counter, train_set, valid_set):
+        seeds.append(train_set.batch_sampler.seed)
+        seeds.extend(x.dataset.seed for x in (train_set, valid_set))
+
+    monkeypatch.setattr(CLAPBrain, "fit", fit)
+    train(flags, seed=77)
+    assert seeds == [77, 77, 77]
+
+
+def test_validation_takes_no_negatives_of_other_processes(flags, monkeypatch):
+    """These have the same pairs."""
+    seen = []
+
+    def gather(rows):
+        seen.append(torch.is_grad_enabled())
+        return rows
+
+    monkeypatch.setattr(microsoft_clap_train, "gather_with_gradient", gather)
+    train(flags, number_of_epochs=1)
+    assert seen and all(seen)
+
+
+def test_unreadable_files_are_counted_together():
+    hparams = types.SimpleNamespace(max_bad_audio=0.1)
+    brain, known = types.SimpleNamespace(hparams=hparams), {}
+    for name in ("a", "b", "a"):
+        CLAPBrain.note_unreadable(brain, {name: "is missing"}, known, 20)
+    with pytest.raises(RuntimeError, match="3 of 20 audio files"):
+        CLAPBrain.note_unreadable(brain, {"c": "is missing"}, known, 20)
+
+
 def test_what_a_killed_run_left_is_removed(flags, tmp_path):
     """Half of a checkpoint, and one that it was about to delete."""
     train(flags, number_of_epochs=1)
@@ -175,6 +209,9 @@ def test_a_run_keeps_the_settings_that_it_began_with(flags, tones, tmp_path):
     for changes, message in (
         ({"batch_size": 2}, r"batch_size \(4 -> 2\), step \(4 .* -> 2 pairs"),
         ({"base_lr": 0.01}, r"base_lr \(0.0001 -> 0.01\)\. "),
+        ({"final_lr": 1e-9}, r"final_lr \(1e-08 -> 1e-09\)\. "),
+        ({"warmup_steps": 3}, r"warmup_steps \(1000 -> 3\)\. "),
+        ({"max_grad_norm": 2}, r"max_grad_norm \(.* -> 2\)\. "),
         (curated, r"curation_csv \(None -> .*curated.csv\)\. "),
         ({"valid_pct": 0.5}, r"valid_pct \(0.25 -> 0.5\)\. "),
         ({"short_audio": "zero"}, r"short_audio \(repeat -> zero\)\. "),
@@ -232,6 +269,9 @@ def test_weights_hear_as_in_their_training(flags, tmp_path):
         message = rf"{name} \d+ in training, {value} now\. Give the same --clap"
         with pytest.raises(ValueError, match=message):
             train(flags, **network(**{name: value}))
+    train(flags, **network(duration=1.5), output_folder=tmp_path / "longer")
+    log = (tmp_path / "longer" / "log.txt").read_text()
+    assert "duration 1 in training, 1.5 now" in log
     train(flags, **network(sample_rate=18000, duration=1.5), recompute_mel=True)
     log = (tmp_path / "other" / "log.txt").read_text()
     assert "sample_rate 16000 in training, 18000 now; duration 1 in" in log
@@ -692,6 +732,9 @@ def test_student_starts_from_a_checkpoint(flags, tmp_path):
         ("seed", -1, "--seed=-1: give a whole number"),
         ("warmup_steps", 1.5, "--warmup_steps=1.5: give a whole number"),
         ("base_lr", -1, "--base_lr=-1: give a number of 0 or more"),
+        ("base_lr", "1e999", "--base_lr=inf: give a number of 0 or more"),
+        ("final_lr", 1, "--final_lr=1: give a number from 0 to 0.0001"),
+        ("opt_class", "{{lr: 0.1}}", "give the learning rate as --base_lr"),
         ("batch_size", 1, "--batch_size=1: .* Give 2 or more"),
         ("short_audio", "mirror", "repeat"),
         ("valid_pct", 5, "valid_pct"),

@@ -81,11 +81,11 @@ def evaluate(folder, text_model, tmp_path):
     return run
 
 
-def naive_scores(clap, tokenize, folder):
+def naive_scores(clap, tokenize, folder, texts=None):
     """Clip by clip, window by window, as the docstrings promise."""
     scores = {}
     with torch.no_grad():
-        texts = [f"this is a sound of {name}" for name in PITCHES]
+        texts = texts or [f"this is a sound of {name}" for name in PITCHES]
         classes = torch.cat([clap.encode_text(tokenize([t])) for t in texts])
         for path in sorted((folder / "audio").glob("*.wav")):
             try:
@@ -212,6 +212,18 @@ def test_prompts_are_averaged(clap, text_model):
             mean = sum(clap.encode_text(tokenize([t]))[0] for t in texts)
             torch.testing.assert_close(found[i], F.normalize(mean, dim=0))
     assert prompted("a ", "b") == prompted("a", "b") == prompted("a {}", "b")
+
+
+def test_the_prompt_that_is_given_is_that_of_the_classes(
+    evaluate, clap, text_model, folder
+):
+    _, table = evaluate(text_prompt="hear {} here", ssl_checkpointer="latest")
+    tokenize = CaptionTokenizer(text_model)
+    names = [f"hear {name} here" for name in PITCHES]
+    scores = naive_scores(clap, tokenize, folder, names)
+    found = table.set_index("wav_path")["score1"]
+    for path, expected in scores.items():
+        assert found[path] == pytest.approx(expected.max(), abs=1e-5)
 
 
 def test_a_batch_without_clips_has_no_embeddings(clap):
