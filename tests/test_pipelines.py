@@ -61,6 +61,9 @@ def test_batches_hold_so_many_windows(folder, tmp_path):
     assert found == [[0, 1, 2, 3], [4], [5], [6, 7]]
     found = batches_of_windows(paths, AudioReader(1000, 1), 5, hides_bar=True)
     assert found == [[0], [1, 2, 3], [4], [5], [6], [7]]
+    first = [tmp_path / "absent.wav", *paths[:1]]
+    found = batches_of_windows(first, AudioReader(1000, 1), 4, hides_bar=True)
+    assert found == [[0, 1]]
 
 
 @pytest.mark.parametrize(

@@ -287,6 +287,7 @@ def test_validation_batches_are_of_one_size(pairs, sizes, caplog):
     hparams = types.SimpleNamespace(
         batch_size=19, reader=None, seed=0, tokenizer=None, num_workers=0
     )
+    hparams.use_zs_loader = False
     brain = types.SimpleNamespace(hparams=hparams, device_type="cpu")
     loader = microsoft_clap_train.make_valid_loader(brain, manifest)
     batches = list(loader.batch_sampler)
@@ -294,6 +295,11 @@ def test_validation_batches_are_of_one_size(pairs, sizes, caplog):
     assert np.concatenate(batches).tolist() == list(range(pairs))
     assert ("has 2 recordings" in caplog.text) == (pairs == 3)
     assert ("recordings, whose" in caplog.text) == (pairs < 39)
+    # Where the accuracy chooses, not that loss.
+    caplog.clear()
+    hparams.use_zs_loader = True
+    microsoft_clap_train.make_valid_loader(brain, manifest)
+    assert "recordings, whose" not in caplog.text
 
 
 @pytest.mark.parametrize("prob", [0.5, 1])
