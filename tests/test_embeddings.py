@@ -316,7 +316,7 @@ AUDIO, TEXT = {"text_pathfile": None}, {"audio_pathfile": None}
         (AUDIO, {"clap": "{width: 2, d_proj: 8, sample_rate: 16000, "
                  "duration: 1, fmax: 8000, hop_size: 160}"}, "hop_size"),
         (AUDIO, {"clap": "{width: 2, d_proj: 8, sample_rate: 16000, "
-                 "duration: 0.5, fmax: 8000}"}, "duration"),
+                 "duration: 0.75, fmax: 8000}"}, "duration"),
         (AUDIO, {"precision": "bf16"}, "precision"),
         (AUDIO, {"windows_per_clip": "mean"}, "windows_per_clip"),
         (AUDIO, {"short_audio": "zero"}, "short"),
