@@ -40,7 +40,6 @@ from speechbrain.utils.distributed import (
     ddp_broadcast,
     ddp_init_group,
     if_main_process,
-    run_on_main,
 )
 from speechbrain.utils.run_opts import RunOptions
 
@@ -179,8 +178,9 @@ def start(argv, needs, required=None, refused=None, keeps_memory=True):
         _write_records, folder, argv[0], hparams_file, overrides
     )
     # What is there already may have been made with other flags, and stay.
-    if not os.path.exists(_record_of(folder)):
-        run_on_main(hparams["write_records"])
+    # No barrier: another process may look when it is written already.
+    if if_main_process() and not os.path.exists(_record_of(folder)):
+        hparams["write_records"]()
     # SpeechBrain's log file takes debug messages, of which it has thousands.
     for package in ("matplotlib", "numba"):
         logging.getLogger(package).setLevel(logging.WARNING)
