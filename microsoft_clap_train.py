@@ -105,7 +105,8 @@ class CLAPBrain(sb.Brain):
         if self.hparams.use_zs_loader:
             names += self.zs_settings
         settings = {name: getattr(self.hparams, name) for name in names}
-        pairs = self.train_sampler.global_batch_size
+        _, world_size = experiment.rank_and_world_size()
+        pairs = self.hparams.batch_size * world_size
         optimizer = self.hparams.opt_class
         plateau = vars(self.hparams.lr_plateau)
         return settings | {
@@ -543,6 +544,8 @@ def prepare(brain):
             "name are not loaded",
             hparams.output_folder,
         )
+        # Before the time that the pairs take; they are checked after it.
+        record_settings(brain, [], is_new)
     curated = {}
     if hparams.curation_prob:
         curated = {
@@ -585,9 +588,8 @@ def record_settings(brain, names, is_new):
     Arguments
     ---------
     brain : CLAPBrain
-        With its sampler.
     names : list of str
-        Manifests in the save folder.
+        Manifests in the save folder, as far as they are of this command.
     is_new : bool
         Whether there is no checkpoint to go on from.
 

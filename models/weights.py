@@ -101,6 +101,7 @@ class AtomicCheckpointer(Checkpointer):
 
 def load_weights(
     clap,
+    tokenizer=None,
     pann_ckpt_path=None,
     clap_ckpt_path=None,
     ssl_checkpoints_dir=None,
@@ -113,6 +114,9 @@ def load_weights(
     ---------
     clap : models.clap.CLAP
         Model to fill.
+    tokenizer : dataset.text.CaptionTokenizer
+        What its captions are made tokens with, to warn of another one than in
+        the training.
     pann_ckpt_path : str
         PANNs' file, for the audio encoder's base.
     clap_ckpt_path : str
@@ -158,7 +162,7 @@ def load_weights(
         path = find_checkpoint(ssl_checkpoints_dir, ssl_checkpointer)
         state = read_state(path, "ssl_checkpoints_dir")
         _load_strict(clap, state, path)
-        _check_hearing(clap, path, recompute_mel)
+        _check_training(clap, tokenizer, path, recompute_mel)
         loaded.append(("ssl_checkpoints_dir", path))
     melW = clap.audio_encoder.base.logmel_extractor.melW
     if recompute_mel:
@@ -386,23 +390,27 @@ def _load_strict(module, state, path):
     logger.info("Loaded %d parameters from %s", len(state), path)
 
 
-def _check_hearing(clap, path, may_differ):
-    """Raise if a model would hear otherwise than in its training.
+def _check_training(clap, tokenizer, path, may_differ):
+    """Raise or warn if a model would hear or read otherwise than in training.
 
     Arguments
     ---------
     clap : models.clap.CLAP
+    tokenizer : dataset.text.CaptionTokenizer or None
+        Another one is no more than warned of: a later version of the library
+        may describe the same one otherwise.
     path : pathlib.Path
         Its weights, in the checkpoint's folder in the run's; other runs than
         those of this toolkit have no record of it.
     may_differ : bool
-        Whether to go on with a warning. A change of the windows' length is
-        no more than that, since the network takes any.
+        Whether to go on with a warning if it would hear otherwise. A change of
+        the windows' length is no more than that, since the network takes any.
     """
     record = path.parents[1] / SETTINGS_FILE
     if not record.exists():
         return
-    trained = json.loads(record.read_text())["network"]
+    record = json.loads(record.read_text())
+    trained = record["network"]
     different = {
         name: f"{name} {trained[name]} in training, {value} now"
         for name, value in clap.settings.items()
@@ -416,6 +424,15 @@ def _check_hearing(clap, path, may_differ):
         )
     if different:
         logger.warning("%s: %s", path, "; ".join(different.values()))
+    now = tokenizer.settings()["tokenizer"] if tokenizer else None
+    if now and record["training"].get("tokenizer", now) != now:
+        logger.warning(
+            "%s was trained with other tokens than those of --text_model=%s: "
+            "unless these are the same of another version, captions mean "
+            "nothing to it",
+            path,
+            clap.text_model,
+        )
 
 
 def state_hash(state):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -19,6 +20,7 @@ import speechbrain as sb
 import torch
 import yaml
 from conftest import (
+    CAPTION,
     NOTE_PARAMETERS,
     ROOT,
     check_resume,
@@ -36,6 +38,7 @@ from dataset.audio import AudioReader
 from dataset.mixing import MixedBatchSampler
 from dataset.pipelines import PairCollator, PairDataset
 from dataset.text import CaptionTokenizer
+from dataset.text_model import make_text_model
 from files import alone, write_csv
 from microsoft_clap_train import CLAPBrain, EpochLogger, HistoryLogger
 from models.retrieval import recalls
@@ -212,7 +215,7 @@ def test_a_run_keeps_the_settings_that_it_began_with(flags, tones, tmp_path):
         ({"final_lr": 1e-9}, r"final_lr \(1e-08 -> 1e-09\)\. "),
         ({"warmup_steps": 3}, r"warmup_steps \(1000 -> 3\)\. "),
         ({"max_grad_norm": 2}, r"max_grad_norm \(.* -> 2\)\. "),
-        (curated, r"curation_csv \(None -> .*curated.csv\)\. "),
+        (curated, r"curation_prob \(0 -> 0.5\)\. "),
         ({"valid_pct": 0.5}, r"valid_pct \(0.25 -> 0.5\)\. "),
         ({"short_audio": "zero"}, r"short_audio \(repeat -> zero\)\. "),
         ({"precision": "bf16"}, r"precision \(fp32 -> bf16\)\. "),
@@ -255,6 +258,19 @@ def test_a_run_keeps_the_settings_that_it_began_with(flags, tones, tmp_path):
         train(flags)
 
 
+def test_other_settings_are_refused_before_the_pairs_are_read(
+    flags, monkeypatch
+):
+    train(flags, number_of_epochs=1)
+
+    def prepare(**kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr("dataset.prepare_captions.prepare_captions", prepare)
+    with pytest.raises(ValueError, match=r"base_lr \(0.0001 -> 0.01\)\. "):
+        train(flags, base_lr=0.01)
+
+
 def test_weights_hear_as_in_their_training(flags, tmp_path):
     train(flags, number_of_epochs=1)
     flags |= {
@@ -275,6 +291,19 @@ def test_weights_hear_as_in_their_training(flags, tmp_path):
     train(flags, **network(sample_rate=18000, duration=1.5), recompute_mel=True)
     log = (tmp_path / "other" / "log.txt").read_text()
     assert "sample_rate 16000 in training, 18000 now; duration 1 in" in log
+
+
+def test_weights_read_as_in_their_training(flags, tmp_path):
+    train(flags, number_of_epochs=1)
+    # As many words, one of them another.
+    make_text_model([CAPTION.replace("dog", "cat")], tmp_path / "cat", 16)
+    flags |= {"ssl_checkpoints_dir": tmp_path / "run", "number_of_epochs": 1}
+    for text_model in (flags["text_model"], tmp_path / "cat"):
+        folder = tmp_path / "next" / pathlib.Path(text_model).name
+        train(flags, text_model=text_model, output_folder=folder)
+        log = (folder / "log.txt").read_text()
+        warned = f"with other tokens than those of --text_model={text_model}:"
+        assert (warned in log) == (folder.name == "cat")
 
 
 @pytest.mark.parametrize(
