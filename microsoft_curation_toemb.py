@@ -67,6 +67,8 @@ AUDIO, TEXT = "audio_audioset", "text_insper"
 # Windows that a CPU encodes at once: the buffers of more take it longer than
 # their products, and the first batch is sooner there.
 CPU_BATCH = 16
+# Files that are looked for before any is embedded.
+_LOOKED_FOR = 1000
 
 
 class EmbeddingBrain(sb.Brain):
@@ -149,6 +151,7 @@ class EmbeddingBrain(sb.Brain):
             logger.info("%s is complete already", AUDIO)
             warn_of_skipped(writer.base)
             return
+        run_on_main(warn_of_missing, args=[paths])
         on_gpu = self.device_type == "cuda"
         batch_size = hparams.audio_bs
         if not on_gpu:
@@ -387,6 +390,27 @@ def warn_of_skipped(base):
             "mended, another --output_folder takes them in",
             skipped,
             path,
+        )
+
+
+def warn_of_missing(paths):
+    """Tell of files that are not there before hours of work with the others.
+
+    Arguments
+    ---------
+    paths : pyarrow.LargeStringArray
+        Audio files; of many, some are looked for.
+    """
+    some = paths[:: -(-len(paths) // _LOOKED_FOR)].to_pylist()
+    missing = [path for path in some if not os.path.exists(path)]
+    if missing:
+        logger.warning(
+            "Of %d files of --audio_pathfile that were looked for, %d are not "
+            "there, as %s: they will be skipped. To have them, stop, and mend "
+            "the list",
+            len(some),
+            len(missing),
+            missing[0],
         )
 
 

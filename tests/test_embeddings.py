@@ -718,6 +718,24 @@ def test_a_resumed_run_does_not_choose_its_precision_again(embed, monkeypatch):
         assert record["settings"]["precision"] == "bf16"
 
 
+def test_missing_files_are_told_before_the_others_are_embedded(
+    embed, world, capsys, monkeypatch
+):
+    told = (
+        f"Of {{}} files of --audio_pathfile that were looked for, 1 are not "
+        f"there, as {world}/9, $x.wav:"
+    )
+    monkeypatch.setattr(
+        EmbeddingWriter, "work", lambda *_: pytest.fail("too late")
+    )
+    # All of them, or each third.
+    for count, looked_for in ((1000, 40), (14, 14)):
+        monkeypatch.setattr(microsoft_curation_toemb, "_LOOKED_FOR", count)
+        with pytest.raises(pytest.fail.Exception, match="too late"):
+            embed(f"run{count}", text_pathfile=None)
+        assert told.format(looked_for) in capsys.readouterr().out
+
+
 def test_duplicates_and_totals_are_told(embed, world, capsys):
     embed()
     printed = capsys.readouterr().out
