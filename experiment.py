@@ -486,8 +486,16 @@ def parse_arguments(argv):
     Raises
     ------
     SystemExit
-        With a message that names the flag and says what to do.
+        With a message that names the flag and says what to do; or help was
+        asked for, and is given.
     """
+    if "--help" in argv or "-h" in argv:
+        sys.stdout.write(
+            f"{sys.modules['__main__'].__doc__}\nFlags, --key=value, are the "
+            "keys of the YAML file, which says what they\nare, and "
+            "SpeechBrain's options.\n"
+        )
+        raise SystemExit
     if not argv or argv[0].startswith("--"):
         raise SystemExit(
             f"usage: python {sys.argv[0]} hparams.yaml [--key=value ...]"
@@ -557,6 +565,10 @@ def parse_arguments(argv):
         is_folder = key.endswith(("_dir", "_folder"))
         if is_folder and not os.path.isdir(str(value)):
             raise SystemExit(f"--{key}={value} is no folder")
+        # One of weights may be meant for another flag, as their loader says.
+        is_file = not is_folder and not key.endswith("_ckpt_path")
+        if is_file and os.path.isdir(str(value)):
+            raise SystemExit(f"--{key}={value} is a folder: give a file")
     # Objects are built with these, which say nothing of flags.
     if "seed" in overrides:
         check_numbers(overrides, ["seed"], 0, 2**32 - 1, whole=True)

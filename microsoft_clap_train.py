@@ -1,4 +1,4 @@
-"""Train a CLAP model on pairs of audio and captions.
+r"""Train a CLAP model on pairs of audio and captions.
 
     python microsoft_clap_train.py hparams/insper/microsoft_clap_train.yaml \
         --data_annot_folder=DATA --pann_ckpt_path='Cnn14_mAP=0.431.pth'

@@ -1,4 +1,4 @@
-"""Embed unpaired audio and captions, for curation.
+r"""Embed unpaired audio and captions, for curation.
 
     python microsoft_curation_toemb.py \
         hparams/curation/microsoft_audioset_insper_toemb.yaml \

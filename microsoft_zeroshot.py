@@ -1,4 +1,4 @@
-"""Classify sounds zero-shot: ESC-50, UrbanSound8K, TUT Acoustic Scenes 2017.
+r"""Classify sounds zero-shot: ESC-50, UrbanSound8K, TUT Acoustic Scenes 2017.
 
     python microsoft_zeroshot.py hparams/esc/microsoft_zeroshot.yaml \
         --data_folder=ESC-50 --ssl_checkpoints_dir=results/.../save

@@ -1,4 +1,4 @@
-"""Choose the captions that are about a task's classes (DS curation).
+r"""Choose the captions that are about a task's classes (DS curation).
 
     python retrieve_ds_t2t.py hparams/curation/esc_insper_t2t_retr.yaml \
         --target_csv_path=captions.csv --emb_dir=results/embeddings/save \

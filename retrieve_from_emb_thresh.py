@@ -1,4 +1,4 @@
-"""Curate audio-caption pairs: those whose embeddings are similar enough.
+r"""Curate audio-caption pairs: those whose embeddings are similar enough.
 
 Domain-unspecific (DU), all captions against all audio:
 

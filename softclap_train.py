@@ -1,4 +1,4 @@
-"""Train a student on curated pairs, with a teacher's soft labels.
+r"""Train a student on curated pairs, with a teacher's soft labels.
 
     python softclap_train.py hparams/insper/softclap_train.yaml \
         --train_csv_path=results/teacher/.../save/train_raw.csv \

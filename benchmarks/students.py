@@ -1,4 +1,4 @@
-"""Do students beat their teacher? The whole loop on ESC-10, many times.
+r"""Do students beat their teacher? The whole loop on ESC-10, many times.
 
     python -m benchmarks.students ESC-50 audiocaps/train.csv MINILM \
         --output results/students

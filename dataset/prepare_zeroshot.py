@@ -1,4 +1,4 @@
-"""Clips and classes of the zero-shot test sets, in their official layouts.
+r"""Clips and classes of the zero-shot test sets, in their official layouts.
 
 - ESC-50: Piczak, "ESC: Dataset for Environmental Sound Classification", ACM
   Multimedia 2015. Any data set in its layout can be read, with `labels_path`.

@@ -15,6 +15,7 @@ from conftest import ROOT
 from hyperpyyaml import load_hyperpyyaml
 
 import experiment
+import microsoft_zeroshot
 
 YAML = """
 data_folder: null
@@ -447,6 +448,27 @@ def test_a_file_is_no_folder(yaml_file):
         experiment.parse_arguments([yaml_file, f"--data_folder={yaml_file}"])
 
 
+@pytest.mark.parametrize("key", ["audio_pathfile", "train_csv_path"])
+def test_a_folder_is_no_file(yaml_file, tmp_path, key):
+    with open(yaml_file, "a") as file:
+        file.write(f"{key}: null\n")
+    with pytest.raises(SystemExit, match=f"--{key}={tmp_path} is a folder: "):
+        experiment.parse_arguments([yaml_file, f"--{key}={tmp_path}"])
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["h.yaml", "-h"]])
+def test_help_is_what_the_script_says(flags, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "__main__", microsoft_zeroshot)
+    with pytest.raises(SystemExit) as stop:
+        experiment.parse_arguments(flags)
+    assert not stop.value.code
+    printed = capsys.readouterr().out
+    assert printed.startswith("Classify sounds zero-shot: ")
+    # To copy: two lines, as a shell takes them.
+    assert "/microsoft_zeroshot.yaml \\\n        --data_folder=" in printed
+    assert "Flags, --key=value, are the keys of the YAML file" in printed
+
+
 def test_what_a_script_cannot_begin_without(yaml_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = set(tmp_path.rglob("*"))
@@ -661,8 +683,10 @@ def test_there_are_documented_commands():
 @pytest.mark.parametrize("command", documented_commands())
 def test_documented_commands_have_no_wrong_flag(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for look in ("exists", "isdir"):
-        monkeypatch.setattr(os.path, look, lambda _: True)
+    monkeypatch.setattr(os.path, "exists", lambda _: True)
+    monkeypatch.setattr(
+        os.path, "isdir", lambda path: not os.path.splitext(path)[1]
+    )
     # It raises for those.
     _, _, overrides = experiment.parse_arguments(shlex.split(command))
     assert overrides
