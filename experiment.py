@@ -127,12 +127,8 @@ def start(argv, needs, required=None, refused=None, keeps_memory=True):
     # It is compiled for each length of captions and size of a batch, for so
     # long that captions were embedded faster in fp32, which has others.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    hparams_file, run_opts, overrides = parse_arguments(argv)
+    hparams_file, run_opts, overrides = parse_arguments(argv, needs)
     keys = _top_level(hparams_file, overrides)
-    if needs not in keys:
-        raise SystemExit(
-            f"{argv[0]} is of another script: it has no key {needs}"
-        )
     refused = _REFUSED | (refused or {})
     if "opt_class" not in keys:
         refused = _OF_TRAINING | refused
@@ -466,7 +462,7 @@ def finish():
         torch.distributed.destroy_process_group()
 
 
-def parse_arguments(argv):
+def parse_arguments(argv, needs=None):
     """Read a command line, stricter and more forgiving than SpeechBrain's.
 
     Values may hold `=` and spaces; an unknown or abbreviated key is an error
@@ -476,6 +472,8 @@ def parse_arguments(argv):
     ---------
     argv : list of str
         Command line without the script's name.
+    needs : str
+        A key that the script's YAML files have, and others have not.
 
     Returns
     -------
@@ -514,6 +512,10 @@ def parse_arguments(argv):
         for key in inherited.keys() & root.keys():
             _check_type(key, inherited[key], root[key])
     defaults = _top_level(hparams_file, inherited)
+    if needs is not None and needs not in defaults:
+        raise SystemExit(
+            f"{argv[0]} is of another script: it has no key {needs}"
+        )
     options = RunOptions().as_dict()
     for key in _NO_OPTIONS:
         del options[key]
@@ -944,8 +946,9 @@ def _check_folder(folder, needs):
     Raises
     ------
     SystemExit
-        It, or what it would lie in, is a file; or a process trains in it; or
-        it is that of a training run and this one is none.
+        It, or what it would lie in, is a file, or may not be written to; or a
+        process trains in it; or it is that of a training run and this one is
+        none.
     """
     if folder is None:
         return
@@ -954,6 +957,10 @@ def _check_folder(folder, needs):
         above = os.path.dirname(above)
     if not os.path.isdir(above):
         raise SystemExit(f"--output_folder={folder}: {above} is no folder")
+    if not os.access(above, os.W_OK):
+        raise SystemExit(
+            f"--output_folder={folder}: {above} may not be written to"
+        )
     # Here, since pyarrow comes with it, which begins a store of memory.
     from files import is_taken
 

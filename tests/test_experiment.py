@@ -314,6 +314,16 @@ def test_folders_that_a_run_cannot_have(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="=run is that of a training run"):
         experiment.start(["h.yaml", "--output_folder=run"], "needed")
     assert record.read_text().startswith("# Generated\nopt_class")
+    # To the superuser no folder is closed.
+    monkeypatch.setattr(os, "access", lambda path, _: path != str(tmp_path))
+    message = f"=a/b: {tmp_path} may not be written to"
+    with pytest.raises(SystemExit, match=message):
+        experiment.start(["h.yaml", "--output_folder=a/b"], "needed")
+
+
+def test_a_file_of_another_script_is_told_before_flags(yaml_file):
+    with pytest.raises(SystemExit, match=f"{yaml_file} is of another script"):
+        experiment.start([yaml_file, "--no_key_of_it=3"], "needed")
 
 
 @pytest.mark.parametrize(
