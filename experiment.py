@@ -22,6 +22,7 @@ import functools
 import importlib.metadata
 import logging
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -122,7 +123,11 @@ def start(argv, needs, required=None, refused=None, keeps_memory=True):
         keep_freed_memory()
     else:
         share_freed_memory()
-    # Loader processes are forked after the tokenizer was used.
+    if sys.platform == "linux":
+        # As before Python 3.14: loader processes share the lists of millions of
+        # files and captions, which others are sent copies of.
+        multiprocessing.set_start_method("fork", force=True)
+    # They are forked after the tokenizer was used.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # It is compiled for each length of captions and size of a batch, for so
     # long that captions were embedded faster in fp32, which has others.

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import multiprocessing
 import os
 import platform
 import re
@@ -477,6 +478,18 @@ def test_help_is_what_the_script_says(flags, monkeypatch, capsys):
     # To copy: two lines, as a shell takes them.
     assert "/microsoft_zeroshot.yaml \\\n        --data_folder=" in printed
     assert "Flags, --key=value, are the keys of the YAML file" in printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it is unsafe")
+def test_loaders_are_forked(yaml_file):
+    before = multiprocessing.get_start_method()
+    # What Python 3.14 begins with.
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        experiment.start([yaml_file, "--output_folder=run"], "seed")
+        assert multiprocessing.get_start_method() == "fork"
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def test_what_a_script_cannot_begin_without(yaml_file, tmp_path, monkeypatch):

@@ -405,7 +405,8 @@ def test_flags_of_the_data_reach_its_preparation(flags, tones, tmp_path):
     expected = {"save_folder": save_folder, **values}
     assert hparams["prepare_captions"].keywords == expected
     assert hparams["reader"].short == "zero"
-    expected = {"clap": hparams["clap"], **weights}
+    objects = {name: hparams[name] for name in ("clap", "tokenizer")}
+    expected = {**objects, **weights}
     assert hparams["load_weights"].keywords == expected
     names = ("dataset", "data_folder", "labels_path")
     expected = dict(zip(names, zeroshot.values()))
