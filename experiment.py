@@ -604,7 +604,7 @@ def fit_to_device(run_opts):
     ------
     SystemExit
         There is no such device; or fp16 is asked for on a CPU, which cannot do
-        it.
+        it; or the compiler with a version of Python that it is wrong with.
     """
     run_opts = dict(run_opts)
     if "compile_mode" in run_opts and not run_opts.get("compile"):
@@ -630,6 +630,13 @@ def fit_to_device(run_opts):
             "torchrun takes one"
         )
     if device.type != "cpu":
+        # A fault of that version (CPython's issue 125608): what is compiled for
+        # training, with dropout, is not compiled again for evaluation.
+        if run_opts.get("compile") and sys.version_info[:3] == (3, 13, 0):
+            raise SystemExit(
+                "--compile=True: what is compiled with Python 3.13.0 is wrong. "
+                "Take Python 3.13.1 or newer, or 3.12"
+            )
         return run_opts
     run_opts["device"] = "cpu"
     for key in ("auto_mix_prec", "data_parallel_backend", "compile"):

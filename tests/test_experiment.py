@@ -509,6 +509,18 @@ def test_how_to_compile_goes_with_compiling(caplog):
     assert "not used without --compile=True" in caplog.text
 
 
+@pytest.mark.parametrize("version", [(3, 12, 9), (3, 13, 0), (3, 13, 1)])
+def test_compiling_is_refused_where_it_is_wrong(version, monkeypatch):
+    monkeypatch.setattr(sys, "version_info", version)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    given = {"device": "cuda", "compile": True}
+    if version == (3, 13, 0):
+        with pytest.raises(SystemExit, match="--compile=True: .* 3.13.0 is wr"):
+            experiment.fit_to_device(given)
+    else:
+        assert experiment.fit_to_device(given) == given
+
+
 @pytest.mark.parametrize(
     ("device", "message"),
     [
