@@ -644,6 +644,9 @@ def check_flags(hparams):
         )
     counts = ["num_workers", "warmup_steps"]
     experiment.check_numbers(vars(hparams), counts, 0, whole=True)
+    experiment.check_shared_memory(
+        vars(hparams), "batch_size", hparams.batch_size
+    )
     experiment.check_numbers(vars(hparams), ["base_lr"], 0)
     experiment.check_numbers(vars(hparams), ["final_lr"], 0, hparams.base_lr)
     fractions = ["curation_prob", "max_bad_audio"]

@@ -156,6 +156,7 @@ class EmbeddingBrain(sb.Brain):
         batch_size = hparams.audio_bs
         if not on_gpu:
             batch_size = min(batch_size, CPU_BATCH)
+        experiment.check_shared_memory(vars(hparams), "audio_bs", batch_size)
         if hparams.windows_per_clip == "mean":
             batches = batches_of_windows(
                 paths.to_pylist(),
