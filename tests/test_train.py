@@ -36,7 +36,7 @@ import microsoft_clap_train
 import microsoft_zeroshot
 from dataset.audio import AudioReader
 from dataset.mixing import MixedBatchSampler
-from dataset.pipelines import PairCollator, PairDataset
+from dataset.pipelines import PairCollator, PairDataset, window_loader
 from dataset.text import CaptionTokenizer
 from dataset.text_model import make_text_model
 from files import alone, write_csv
@@ -211,6 +211,11 @@ def test_a_run_keeps_the_settings_that_it_began_with(flags, tones, tmp_path):
     frozen = network | {"freeze_text_encoder": True}
     for changes, message in (
         ({"batch_size": 2}, r"batch_size \(4 -> 2\), step \(4 .* -> 2 pairs"),
+        ({"seed": 5}, r"seed \(1234 -> 5\)\. "),
+        (
+            {"grad_accumulation_factor": 2},
+            r"grad_accumulation_factor \(1 -> 2\)\. ",
+        ),
         ({"base_lr": 0.01}, r"base_lr \(0.0001 -> 0.01\)\. "),
         ({"final_lr": 1e-9}, r"final_lr \(1e-08 -> 1e-09\)\. "),
         ({"warmup_steps": 3}, r"warmup_steps \(1000 -> 3\)\. "),
@@ -553,6 +558,8 @@ def test_zero_shot_validation_chooses_the_checkpoint(flags, tmp_path):
     assert results["accuracy"] == pytest.approx(accuracies.max())
     with pytest.raises(ValueError, match=r"zs_valid_folds \(\[2\] -> \[1\]\)"):
         train(flags, zs_valid_folds=[1])
+    with pytest.raises(ValueError, match=r"text_prompt \(.* of  -> hear\)\. "):
+        train(flags, text_prompt="hear")
     with pytest.raises(ValueError, match="has the folds 1, 2"):
         train(flags, zs_valid_folds=[3], output_folder=tmp_path / "other")
 
@@ -610,6 +617,45 @@ def test_unreadable_audio_in_zero_shot_validation(
         assert log.count("Skipping ") == 1
 
 
+def test_zero_shot_accuracy_is_that_of_the_clips_that_were_read(
+    tiny_clap, tmp_path, monkeypatch
+):
+    """Six of eight, in batches of three; four guesses are right."""
+    paths = [
+        write_noise(tmp_path / f"{i}.wav", 1, 16000, seed=i) for i in range(8)
+    ]
+    unreadable = {paths[1], paths[6]}
+    for path in unreadable:
+        pathlib.Path(path).write_text("no audio")
+    true_classes = np.array([0, 1, 2, 1, 0, 2, 2, 1])
+    guesses = iter([[0, 2], [1, 2, 2], [2]])
+    prompted = []
+
+    def score(clips, classes):
+        scores = torch.nn.functional.one_hot(torch.tensor(next(guesses)), 3)
+        assert len(clips) == len(scores)
+        return scores.float()
+
+    def embed(*args):
+        prompted.append(args)
+
+    monkeypatch.setattr(microsoft_clap_train, "class_embeddings", embed)
+    monkeypatch.setattr(microsoft_clap_train, "class_scores", score)
+    hparams = {"clap": tiny_clap, "tokenizer": CaptionTokenizer}
+    hparams |= {"text_prompt": ["hear {}"], "max_bad_audio": 0.25}
+    brain = CLAPBrain(
+        {"clap": tiny_clap}, hparams=hparams, run_opts={"device": "cpu"}
+    )
+    brain.zeroshot_unreadable = {}
+    loader = window_loader(paths, AudioReader(16000, 1), 3)
+    brain.zeroshot_set = loader, true_classes, ["a", "b", "c"]
+    assert brain.zeroshot_accuracy() == 4 / 6
+    assert brain.zeroshot_unreadable.keys() == unreadable
+    assert prompted == [
+        (tiny_clap, CaptionTokenizer, ["a", "b", "c"], ["hear {}"])
+    ]
+
+
 def test_a_model_that_is_not_finite_replaces_no_checkpoint(
     flags, tmp_path, monkeypatch
 ):
@@ -644,6 +690,29 @@ def test_accumulation_and_the_cosine_count_the_same_steps(flags, tmp_path):
     )
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "The last 1 of the 9 batches of an epoch" in log
+
+
+@pytest.mark.parametrize(
+    ("given", "warmup"), [(0, 0), (1, 1), (4, 4), (11, 11), (12, 11), (99, 11)]
+)
+def test_rates_rise_in_a_line_and_fall_as_a_cosine(given, warmup):
+    """Twelve steps; one beyond them has the last rate."""
+    brain = types.SimpleNamespace(
+        hparams=types.SimpleNamespace(
+            base_lr=0.5,
+            final_lr=0.1,
+            warmup_steps=given,
+            number_of_epochs=2,
+        ),
+        train_sampler=range(13),
+        grad_accumulation_factor=2,
+    )
+    rates = []
+    for brain.optimizer_step in range(14):
+        rates.append(CLAPBrain.cosine_lr(brain))
+    rising = np.linspace(0, 0.5, warmup + 1)[1:]
+    falling = 0.3 + 0.2 * np.cos(np.linspace(0, math.pi, 12 - warmup + 1))
+    np.testing.assert_allclose(rates, [*rising, *falling, 0.1])
 
 
 def test_a_warm_up_without_end_is_told(flags, tmp_path):
@@ -780,6 +849,12 @@ def test_wrong_settings(flags, tmp_path, key, value, message):
     torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pth")
     with pytest.raises((ValueError, OSError, SystemExit), match=message):
         train(flags, **{key: str(value).format(tmp_path)})
+
+
+def test_a_pair_may_have_its_others_in_another_process(flags, monkeypatch):
+    monkeypatch.setattr(experiment, "rank_and_world_size", lambda: (0, 2))
+    hparams, _ = experiment.start(argv(flags, batch_size=1), "opt_class")
+    microsoft_clap_train.check_flags(types.SimpleNamespace(**hparams))
 
 
 @pytest.mark.parametrize(
