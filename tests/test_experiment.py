@@ -607,6 +607,21 @@ def test_output_folder(yaml_file, tmp_path):
             )
 
 
+def test_all_processes_have_the_time_stamp_of_the_first(yaml_file, monkeypatch):
+    sent = []
+
+    def broadcast(stamp, src):
+        sent.append((stamp, src))
+        return "of the first"
+
+    monkeypatch.setattr(experiment, "ddp_broadcast", broadcast)
+    overrides = {}
+    experiment.name_output_folder(yaml_file, overrides)
+    [(stamp, src)] = sent
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d\+\d\d-\d\d-\d\d-\d{6}", stamp)
+    assert src == 0 and overrides == {"time_stamp": "of the first"}
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -1056,7 +1056,8 @@ def test_an_absent_output_is_made_again(tmp_path, save, name):
 def test_a_run_that_failed_is_not_taken_for_one_that_did_not(tmp_path, save):
     ready = ready_csv(tmp_path, clips=4)
     prepare_captions(save, train_csv_path=ready)
-    text(tmp_path / "audio/00.wav", "no audio")
+    broken = tmp_path / "audio/00.wav"
+    broken.write_bytes(bytes(broken.stat().st_size))  # the same data at sight
     with pytest.raises(ValueError, match="cannot be read"):
         prepare_captions(save, train_csv_path=ready, seed=5)
     # With the first arguments, the files are not simply used again.
@@ -1325,6 +1326,42 @@ def test_curated_clips_of_validated_videos_are_left_out(data, save, tmp_path):
     )
     assert len(trained_on) == 6
     assert curated == trained_on
+
+
+def test_curated_clips_that_are_left_out_twice_count_once(data, save, tmp_path):
+    """One of the two recordings is validated on; both have held-out names."""
+    videos = ["aaaaaaaaaaa", "bbbbbbbbbbb"]
+    rows = [f"{i},{video},30,x" for i, video in enumerate(videos)]
+    text(data / "ac/test.csv", HEADER + "\n".join(rows))
+    text(data / "new_index.tsv", "0.wav\ta sound\n1.wav\tanother\n")
+    for i, video in enumerate(videos):
+        wav(data / f"ac/{video}_30.wav")
+        wav(data / f"{i}.wav")
+        (tmp_path / f"Y{video}.wav").symlink_to(data / f"{i}.wav")
+    wav(tmp_path / "kept.wav")
+    names = [*(f"Y{video}.wav" for video in videos), "kept.wav"]
+    counts = prepare_captions(
+        save,
+        data,
+        curation_csv=curation_csv(tmp_path, names),
+        official_test_splits=False,
+    )
+    found = {key: counts["curated"][key] for key in ("validated", "held_out")}
+    assert found == {"validated": 1, "held_out": 1}
+    assert len(read(save / "curated_raw.csv")) == 1
+
+
+def test_unreadable_audio_by_the_command_line(data, save):
+    rows = [f"{i}.wav\tsound {i}\n" for i in range(4)]
+    text(data / "new_index.tsv", "".join(rows))
+    for i in range(4):
+        wav(data / f"{i}.wav")
+    text(data / "0.wav", "no audio")
+    command = [str(data), str(save)]
+    with pytest.raises(ValueError, match=r"1 of 4 .*--max_bad_audio=0\.05"):
+        module.main(command)
+    module.main([*command, "--max_bad_audio=0.25"])
+    assert len(pairs(save)) == 3
 
 
 def test_lists_alone_by_the_command_line(data, save, tmp_path):

@@ -226,10 +226,10 @@ def test_esc10_as_a_spreadsheet_writes_it(esc):
 def test_esc10_keeps_its_clips_and_classes(esc):
     data = prepare_zeroshot("esc", str(esc), esc10=True)
     assert data.clips["ID"].tolist() == ["1-7-A-0", "2-8-A-12"]
-    assert data.labels.to_dict("list") == {
-        "label": ["dog", "crackling_fire"],
-        "text": ["dog", "crackling fire"],
-    }
+    names = ["dog", "crackling_fire"]
+    expected = pd.DataFrame({"label": names, "text": ["dog", "crackling fire"]})
+    pd.testing.assert_frame_equal(data.labels, expected)
+    assert data.true_classes().tolist() == [0, 1]
 
 
 def test_esc_layout_with_other_classes(esc, tmp_path):
@@ -497,7 +497,11 @@ def test_command(esc, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("prompt", "caption"),
-    [("I hear a", "I hear a hound"), ("I hear {} now", "I hear hound now")],
+    [
+        ("I hear a", "I hear a hound"),
+        ("I hear {} now", "I hear hound now"),
+        ("{}, I hear {}", "hound, I hear hound"),
+    ],
 )
 def test_command_options(esc, tmp_path, prompt, caption):
     output = tmp_path / "train.csv"

@@ -271,7 +271,7 @@ def test_other_settings_are_refused_before_the_pairs_are_read(
         raise AssertionError
 
     monkeypatch.setattr("dataset.prepare_captions.prepare_captions", prepare)
-    with pytest.raises(ValueError, match=r"seed \(.* 5\), base_lr \(0.0001 -> "):
+    with pytest.raises(ValueError, match=r"seed \(.* 5\), base_lr \(.* 0.01"):
         train(flags, seed=5, base_lr=0.01)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import pathlib
 import zipfile
 
 import numpy as np
@@ -212,6 +213,22 @@ def test_export_is_the_published_form(clap, tmp_path):
         torch.testing.assert_close(tensor, state[name], rtol=0, atol=1e-6)
 
 
+def test_an_export_that_fails_leaves_the_file_before(
+    clap, tmp_path, monkeypatch
+):
+    def full(content, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    path = tmp_path / "a.pth"
+    path.write_text("before")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"a\.pth cannot be written: No space"):
+        export_microsoft(clap, str(path))
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_files_of_half_precision(clap, tmp_path, dtype, caplog):
     """Their rounding is no other front end."""
@@ -327,8 +344,12 @@ def test_later_sources_win(clap, pann_file, tmp_path):
         clap, **paths, ssl_checkpoints_dir=str(tmp_path / "save")
     )
     assert torch.equal(clap.state_dict()[name], saved[name])
-    sources = ["pann_ckpt_path", "clap_ckpt_path", "ssl_checkpoints_dir"]
-    assert [f["source"] for f in loaded] == sources
+    paths["ssl_checkpoints_dir"] = str(find_checkpoint(tmp_path / "save"))
+    assert {f["source"]: f["path"] for f in loaded} == paths
+    assert [f["source"] for f in loaded] == list(paths)
+    for file in loaded:
+        content = pathlib.Path(file["path"]).read_bytes()
+        assert file["sha256"] == hashlib.sha256(content).hexdigest()
 
 
 def test_another_model_is_refused_by_name(clap, pann_file, tmp_path):
@@ -455,6 +476,24 @@ def test_a_checkpoint_killed_while_saving_is_none(tmp_path):
     assert len(checkpointer.list_checkpoints()) == 1
     checkpointer.remove_partial()
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_other_processes_write_and_remove_no_checkpoint(tmp_path, monkeypatch):
+    folder = tmp_path / "CKPT+new"
+    folder.mkdir()
+    checkpointer = AtomicCheckpointer(tmp_path, {"clap": Saved()})
+    for module in (
+        "models.weights",
+        "speechbrain.utils.checkpoints",
+        "speechbrain.utils.distributed",
+    ):
+        monkeypatch.setattr(f"{module}.if_main_process", lambda: False)
+    monkeypatch.setattr(
+        "speechbrain.utils.checkpoints.ddp_broadcast", lambda _, src: folder
+    )
+    assert checkpointer.save_checkpoint({"loss": 1.0}) is None
+    checkpointer.remove_partial()
+    assert list(tmp_path.rglob("*")) == [folder]
 
 
 def test_the_latest_is_so_though_the_clock_was_set_back(tmp_path, monkeypatch):
