@@ -40,7 +40,7 @@ from curation.embeddings import (
 from dataset.audio import AudioError, AudioReader
 from dataset.manifest import of_headers
 from dataset.text import CaptionTokenizer
-from files import written_whole
+from files import alone, written_whole
 from models.weights import AtomicCheckpointer
 
 CAPTIONS = [
@@ -577,6 +577,19 @@ def test_items_that_nobody_embedded_are_not_forgotten(tmp_path):
     rest.write([3], torch.ones(1, 2))
     rest.finish(np.array([0, 1, 3, 4]), table, {})
     assert len(open_embeddings(tmp_path, "x", "caption")) == 4
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_a_store_that_another_process_makes_is_left_alone(tmp_path):
+    """Also beside a finished one."""
+    table, settings = pd.DataFrame({"caption": ["rain"]}), {"size": 2}
+    write_store(f"{tmp_path}/x", [np.ones((1, 2))], table, settings, {})
+    (tmp_path / "x.partial.rows.npy").touch()
+    for is_left in (True, False):
+        lock = tmp_path / "x.partial.lock"
+        with alone(lock) if is_left else contextlib.nullcontext():
+            assert EmbeddingWriter(tmp_path, "x", "caption", 1, 2, {}).finished
+        assert (tmp_path / "x.partial.rows.npy").exists() == is_left
 
 
 def test_a_store_is_put_together_in_parts(tmp_path, monkeypatch):
@@ -1119,14 +1132,35 @@ def test_a_list_of_files_as_manifest(embed, tmp_path, ending):
     assert store.manifest["start"].max() > 0
 
 
+@pytest.mark.parametrize("other", [None, 0, 3, 6])
+def test_a_list_of_other_files_has_no_times(tmp_path, monkeypatch, other):
+    """Be it one alone, in any part of the list."""
+    monkeypatch.setattr("curation.embeddings._ROWS_AT_ONCE", 3)
+    np.save(tmp_path / "x_embeddings.npy", np.eye(7, dtype=np.float32))
+    paths = [f"{tmp_path}/{i}.wav" for i in range(7)]
+    table = pd.DataFrame({"wav_path": paths, "start": 0.5})
+    table.to_csv(tmp_path / "x.csv", index=False)
+    if other is not None:
+        paths[other] = f"{tmp_path}/other.wav"
+    (tmp_path / "list.txt").write_text("\n".join(paths))
+    listed = f"{tmp_path}/list.txt"
+    manifest = open_embeddings(tmp_path, "x", "wav_path", listed).manifest
+    assert manifest["wav_path"].tolist() == paths
+    assert ("start" in manifest.schema.names) == (other is None)
+
+
 def test_stores_of_other_programs_are_normalised(tmp_path, caplog):
-    rows = np.array([[3, 4], [0, 0], [0.6, 0.8]], np.float32)
+    """But for norms that are 1 as rounding leaves them."""
+    norms = np.array([5, 0, 1, 1.002, 0.998, 1.0005, 0.9995], np.float32)
+    rows = norms[:, None] * np.array([0.6, 0.8], np.float32)
     np.save(tmp_path / "x_embeddings.npy", rows)
-    (tmp_path / "x_files.txt").write_text("a\nb\nc\n")
+    (tmp_path / "x_files.txt").write_text("a\n" * len(rows))
     store = open_embeddings(tmp_path, "x", "wav_path")
     assert "no record" in caplog.text
-    expected = np.array([[0.6, 0.8], [0, 0], [0.6, 0.8]], np.float32)
-    np.testing.assert_allclose(store[:3], expected, atol=1e-6)
+    expected = np.array([1, 0, 1, 1, 1, 1.0005, 0.9995])
+    found = np.linalg.norm(store[:], axis=1)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(store[:3], rows[[2, 1, 2]], atol=1e-6)
 
 
 def test_rows_of_other_programs_do_not_depend_on_the_block(tmp_path):
@@ -1296,6 +1330,17 @@ def test_pairs_of_captions_keep_their_audio(choose_captions, tmp_path):
     assert set(chosen["start"]) == {0.5} and set(chosen["end"]) == {2.5}
 
 
+def test_captions_are_read_with_their_ids(tmp_path, caplog):
+    """Those that are empty leave no gap."""
+    path = tmp_path / "x.csv"
+    path.write_text('other,ID,caption\nx,a," a  dog\nbarks"\nx,b, \nx,c,rain\n')
+    expected = {"ID": ["a", "c"], "caption": ["a dog barks", "rain"]}
+    pd.testing.assert_frame_equal(
+        read_captions(path, "text_pathfile"), pd.DataFrame(expected)
+    )
+    assert f"1 captions in {path} are empty" in caplog.text
+
+
 def test_times_of_captions_are_read_before_they_are_embedded(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("caption,wav_path,start\n,a.wav,\nrain,a.wav,0:30\n")
@@ -1401,6 +1446,30 @@ def test_other_captions_replace_the_scripts_own_store(
         corpus = open_embeddings(save, "own_t2t_corpus", "caption")
         assert corpus.manifest["caption"].tolist() == [name]
         assert "text_insper in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"ssl_checkpoints_dir": "{}/weights"}, "weights"),
+        ({"text_model": "{}/words"}, "tokenizer"),
+        ({"tokenizer": "{text_max_length: 7}"}, "text_max_length"),
+        ({"target_csv_path": "{}/captions.csv"}, "list"),
+    ],
+)
+def test_captions_of_other_settings_are_embedded_anew(
+    embed, choose_captions, changed, capsys, changes, name
+):
+    save = embed(audio_pathfile=None)
+    changes = {k: v.replace("{}", str(changed)) for k, v in changes.items()}
+    choose_captions(save, sim_threshold=-1, **changes)
+    log = capsys.readouterr().out
+    assert f"is not used (it differs in {name}): the captions are em" in log
+    there, now = (
+        open_embeddings(save, stem, "caption").info["settings"]
+        for stem in ("text_insper", "own_t2t_corpus")
+    )
+    assert {key for key in now if now[key] != there[key]} == {name}
 
 
 def test_captions_of_a_broken_store_are_embedded_anew(
@@ -1538,6 +1607,30 @@ def test_a_disk_that_fills_leaves_the_store_before(small_disk):
         write(1000)
     assert sorted(path.name for path in small_disk.iterdir()) == names
     assert len(open_embeddings(small_disk, "x", "caption")) == 3
+
+
+def test_a_store_is_complete_before_the_one_before_goes(tmp_path, monkeypatch):
+    names = ("x_embeddings.npy", "x.json", "x.csv")
+
+    def write(caption):
+        table = pd.DataFrame({"caption": [caption]})
+        base, rows = f"{tmp_path}/x", np.ones((1, 2))
+        write_store(base, [rows], table, {"size": 2}, {})
+
+    def sizes(ending=""):
+        return [(tmp_path / f"{n}{ending}").stat().st_size for n in names]
+
+    remove, found = os.remove, []
+
+    def noted(path):
+        found.append(sizes(".partial"))
+        remove(path)
+
+    write("rain")
+    with monkeypatch.context() as watched:
+        watched.setattr(os, "remove", noted)
+        write("a dog barks")
+    assert found == 3 * [sizes()]
 
 
 @pytest.mark.parametrize("renamed", range(3))

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import types
 
 import numpy as np
 import pandas as pd
@@ -322,6 +323,38 @@ def test_limits_count_equal_captions_once(run, folder, naive):
     )
 
 
+def test_equal_captions_share_a_limit():
+    """Whichever of their rows the pairs are of."""
+    pairs = np.array([0, 1, 2]), np.array([0, 1, 0]), np.array([0.7, 0.9, 0.8])
+    [found] = script.best_per_caption([pairs], np.array([0, 0]), 2)
+    expected = [[1, 2], [1, 0], [0.9, 0.8]]
+    assert [part.tolist() for part in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "most"),
+    [
+        ({}, 7),
+        ({"max_captions_per_audio": 2}, 7),
+        ({"max_audios_per_caption": 2}, None),
+        ({"dry_run": True}, None),
+    ],
+)
+def test_a_search_stops_early_if_it_would_write_all_pairs(flags, most):
+    names = ["target_pairs", "max_captions_per_audio", "max_audios_per_caption"]
+    hparams = dict.fromkeys(names) | {"max_pairs": 7, "sim_threshold": 0.4}
+    hparams |= {"dry_run": False, "with_report": False, **flags}
+    text = types.SimpleNamespace(manifest=pd.DataFrame({"caption": ["rain"]}))
+    limits = []
+
+    def find(threshold, with_report, kinds, per_audio, most):
+        limits.append(most)
+        return iter(())
+
+    script.chosen_pairs(find, None, text, hparams)
+    assert limits == [most]
+
+
 def test_max_pairs_stops_and_leaves_what_was_there(run, folder, naive):
     path = folder / f"{DU}_curation.csv"
     run(sim_threshold=0.6)
@@ -411,6 +444,11 @@ def test_dry_run_writes_the_report_alone(run, folder, naive):
     assert report["kept"]["pairs"] == (naive >= THRESHOLD).sum()
     assert (folder / f"{DU}_report.png").stat().st_size > 10000
     assert not run()[1]["dry_run"]
+    limits = {"max_captions_per_audio": 2, "max_audios_per_caption": 1}
+    limits["search_precision"] = "fp32"
+    kept = run(**limits)[1]["kept"]
+    assert kept["pairs"] < report["kept"]["pairs"]
+    assert run(**limits, dry_run=True, max_pairs=1)[1]["kept"] == kept
 
 
 def test_report_counts_what_each_threshold_keeps(run, naive):

@@ -449,6 +449,33 @@ def test_the_margin_is_the_largest_of_all_blocks(vectors):
     assert tally.margin == first.margin
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_counts_of_parts_are_together_those_of_all(vectors, precision):
+    """As processes have them, in either order; margins are of their rows."""
+    audio = vectors[0].copy()
+    audio[:40] *= 1.9
+    sizes = {"audio_bs": 40, "text_bs": 50, "precision": precision}
+    sizes["with_report"] = True
+
+    def counted(rows):
+        part = Tally(200)
+        search((audio, vectors[1]), 0.5, part, rows=rows, **sizes)
+        return part
+
+    whole = counted((0, 300))
+    parts = [counted(rows) for rows in ((0, 160), (160, 300))]
+    assert parts[0].margin > parts[1].margin
+    for order in (parts, parts[::-1]):
+        together = Tally(200)
+        together.start(0.5)
+        for part in order:
+            together.absorb(part)
+        assert together.margin == whole.margin
+        assert together.highest == whole.highest
+        for name, counts in whole.curves().items():
+            np.testing.assert_array_equal(together.curves()[name], counts)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_threads_find_the_same_in_the_same_order(
     vectors, naive, threads, monkeypatch, precision
