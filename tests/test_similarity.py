@@ -459,7 +459,7 @@ def test_counts_of_parts_are_together_those_of_all(vectors, precision):
 
     def counted(rows):
         part = Tally(200)
-        search((audio, vectors[1]), 0.5, part, rows=rows, **sizes)
+        search((audio, vectors[1]), 0.9, part, rows=rows, **sizes)
         return part
 
     whole = counted((0, 300))
@@ -467,7 +467,7 @@ def test_counts_of_parts_are_together_those_of_all(vectors, precision):
     assert parts[0].margin > parts[1].margin
     for order in (parts, parts[::-1]):
         together = Tally(200)
-        together.start(0.5)
+        together.start(0.9)
         for part in order:
             together.absorb(part)
         assert together.margin == whole.margin
