@@ -295,8 +295,8 @@ def test_a_run_keeps_its_teacher(student, flags, tmp_path):
     microsoft_clap_train.main(argv(TEACHER, other, number_of_epochs=1))
     with pytest.raises(ValueError, match=r"teacher \(\w{12} -> \w{12}\)\. "):
         train(student, teacher_checkpoints_dir=tmp_path / "other")
-    for name, change in {"softclap_tau": 0.1, "softclap_beta": 0.3}.items():
-        message = rf"{name} \({change} -> 0.25\)\. "
+    for name, before in {"softclap_tau": 0.1, "softclap_beta": 0.3}.items():
+        message = rf"{name} \({before} -> 0.25\)\. "
         with pytest.raises(ValueError, match=message):
             train(student, **{name: 0.25})
 

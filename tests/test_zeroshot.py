@@ -240,6 +240,7 @@ def test_prompt_flags(evaluate, clap, text_model, folder, flag, prompts):
         name: [prompt.replace("{}", name) for prompt in prompts]
         for name in PITCHES
     }
+    assert [prompted(p, "{}") for p in results["prompts"]] == prompts
     tokenize = CaptionTokenizer(text_model)
     scores = naive_scores(clap, tokenize, folder, prompts)
     found = table.set_index("wav_path")["score1"]
