@@ -538,7 +538,8 @@ def parse_arguments(argv, needs=None):
         raise SystemExit
     if not argv or argv[0].startswith("--"):
         raise SystemExit(
-            f"usage: python {sys.argv[0]} hparams.yaml [--key=value ...]"
+            f"usage: python {sys.argv[0]} hparams.yaml [--key=value ...], or "
+            "--help"
         )
     for token in argv:
         try:

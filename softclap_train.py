@@ -117,6 +117,8 @@ def load_teacher(hparams):
 def check_teacher(hparams):
     """Stop with a message if the flags name no teacher, or a wrong one.
 
+    Warns if there is nothing new to learn from.
+
     Arguments
     ---------
     hparams : dict
@@ -149,6 +151,11 @@ def check_teacher(hparams):
             "Name the teacher: --teacher_checkpoints_dir=<run>/save, or "
             "--ssl_checkpoints_dir or --clap_ckpt_path, from which the student "
             "starts too"
+        )
+    if not hparams["curation_prob"]:
+        logger.warning(
+            "--curation_prob=%s: the student is trained without curated pairs",
+            hparams["curation_prob"],
         )
     student, teacher = hparams["clap"], hparams["teacher"]
     if student.sample_rate != teacher.sample_rate:

@@ -289,6 +289,14 @@ def test_a_teacher_takes_captions_of_the_runs_length(student, tmp_path):
         train(student, **changes)
 
 
+def test_no_curated_pairs_are_told(student, tmp_path):
+    for prob in (0.5, 0):
+        train(student, curation_prob=prob, output_folder=tmp_path / f"{prob}")
+        log = (tmp_path / f"{prob}" / "log.txt").read_text()
+        told = "--curation_prob=0: the student is trained without curated"
+        assert (told in log) == (prob == 0)
+
+
 def test_a_run_keeps_its_teacher(student, flags, tmp_path):
     train(student, number_of_epochs=1)
     other = flags | {"output_folder": tmp_path / "other", "seed": 5}
