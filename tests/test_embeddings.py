@@ -25,6 +25,7 @@ import microsoft_curation_toemb
 import retrieve_ds_t2t
 from curation.embeddings import (
     SKIPPED,
+    WAITING,
     EmbeddingWriter,
     Manifest,
     batched,
@@ -592,6 +593,37 @@ def test_a_store_that_another_process_makes_is_left_alone(tmp_path):
         assert (tmp_path / "x.partial.rows.npy").exists() == is_left
 
 
+def test_a_store_that_gave_way_is_not_gone_on_with(tmp_path, monkeypatch):
+    """Though what took its place is killed before all its files are there."""
+
+    def begin(weights):
+        settings = {"weights": weights}
+        writer = EmbeddingWriter(
+            tmp_path, "x", "caption", 2, 2, settings, replaces=True
+        )
+        with writer.lock:  # as if its process ended
+            pending, _ = writer.work([[0], [1]], "item", noprogressbar=True)
+            writer.write([0], torch.ones(1, 2))
+            return pending
+
+    assert begin("a") == [[0], [1]]
+    assert begin("a") == [[1]]
+    with monkeypatch.context() as stopped:
+        stopped.setattr("curation.embeddings._take_space", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            begin("b")
+    assert begin("a") == [[0], [1]]
+
+
+def test_an_item_is_done_only_when_its_vector_is_written(tmp_path):
+    writer = EmbeddingWriter(tmp_path, "x", "caption", 2, 2, {"weights": "a"})
+    writer.work([[0, 1]], "item", noprogressbar=True)
+    writer.rows.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        writer.write([0, 1], torch.ones(2, 2))
+    assert writer.fate.tolist() == [WAITING, WAITING]
+
+
 def test_a_store_is_put_together_in_parts(tmp_path, monkeypatch):
     monkeypatch.setattr("curation.embeddings._COPY_ROWS", 2)
     writer = EmbeddingWriter(tmp_path, "x", "caption", 6, 3, {"weights": "a"})
@@ -731,6 +763,16 @@ def test_a_resumed_run_does_not_choose_its_precision_again(embed, monkeypatch):
         assert record["settings"]["precision"] == "bf16"
 
 
+@pytest.mark.parametrize("stem", ["audio_audioset", "text_insper"])
+@pytest.mark.parametrize("ending", ["json", "partial.json"])
+def test_the_precision_of_a_folder_is_that_of_its_store(tmp_path, stem, ending):
+    found = microsoft_curation_toemb.precision_of_folder
+    assert found(tmp_path) == "auto"
+    record = {"settings": {"precision": "bf16"}}
+    (tmp_path / f"{stem}.{ending}").write_text(json.dumps(record))
+    assert found(tmp_path) == "bf16"
+
+
 def test_missing_files_are_told_before_the_others_are_embedded(
     embed, world, capsys, monkeypatch
 ):
@@ -756,6 +798,14 @@ def test_duplicates_and_totals_are_told(embed, world, capsys):
     assert "audio_audioset: 38 windows embedded, 2 files skipped" in printed
     assert "1 captions in" in printed and "are empty" in printed
     assert "5 captions, 4 of them distinct" in printed
+
+
+def test_a_file_that_is_listed_in_several_ways_is_one(tmp_path):
+    path = tmp_path / "list.txt"
+    lines = [" b.wav", "a.wav", "./b.wav ", "x/../a.wav", f"{tmp_path}/b.wav"]
+    path.write_text("\n".join(lines))
+    found = microsoft_curation_toemb.read_audio_list(path)
+    assert found.to_pylist() == [f"{tmp_path}/b.wav", f"{tmp_path}/a.wav"]
 
 
 def words_of(captions):
@@ -1352,6 +1402,12 @@ def test_times_of_captions_are_read_before_they_are_embedded(tmp_path):
     assert list(read_captions(path, "text_pathfile")) == ["caption"]
 
 
+def test_captions_without_audio_have_no_path(tmp_path):
+    (tmp_path / "x.csv").write_text("caption,wav_path\nrain,\nhail,a.wav\n")
+    table = read_captions(tmp_path / "x.csv", "text_pathfile")
+    assert table["wav_path"].tolist() == ["", f"{tmp_path}/a.wav"]
+
+
 def test_equal_captions_count_once_for_a_class():
     a, b, c, d = [0.9, 0.1], [0.2, 0.6], [0.3, 0.4], [0.6, 0.3]
     similarities = [a, b, b, a, c, d]
@@ -1376,11 +1432,22 @@ def test_class_lists(tmp_path):
 
     expected = [["air_horn", "air horn"], ["rain", "rain"]]
     assert classes("own", "c.txt") == expected
+    assert classes("esc", "c.txt") == expected
     assert classes("own", "c.csv") == [["a", "air horn"]]
     sizes = [len(classes(d, None)) for d in ("esc", "tut", "us8k")]
     assert sizes == [50, 15, 10]
     with pytest.raises(ValueError, match="--class_path"):
         classes("own", None)
+
+
+def test_classes_are_embedded_by_their_texts(embed, choose_captions, tmp_path):
+    save = embed(audio_pathfile=None)
+    named = choose_captions(save, sim_threshold=-1)
+    path = tmp_path / "c.csv"
+    path.write_text("label,text\na,dog\nb,rain\n")
+    found = choose_captions(save, sim_threshold=-1, class_path=path)
+    named["class"] = named["class"].map({"dog": "a", "rain": "b"})
+    pd.testing.assert_frame_equal(found, named)
 
 
 def test_captions_for_audio_of_other_weights_are_refused(
@@ -1539,7 +1606,9 @@ def test_bf16_embeddings_are_close_to_those_in_fp32(embed):
         assert record["settings"]["precision"] == "bf16"
 
 
-@pytest.mark.parametrize(("fast", "precision"), [(1.0, "fp32"), (0.4, "bf16")])
+@pytest.mark.parametrize(
+    ("fast", "precision"), [(1.0, "fp32"), (0.7, "fp32"), (0.6, "bf16")]
+)
 def test_automatic_precision_takes_what_is_faster(monkeypatch, fast, precision):
     monkeypatch.setattr(
         microsoft_curation_toemb,

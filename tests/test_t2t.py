@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from retrieve_ds_t2t import choose
+from retrieve_ds_t2t import choose, similarities_to
 
 
 def naive_choice(similarities, captions, threshold, count):
@@ -52,3 +52,12 @@ def test_captions_go_to_the_classes_that_they_are_most_like(count, threshold):
         found = {i: order[k] for i, k in zip(rows, classes)}
         assert found == expected
         assert rows.tolist() == sorted(rows)
+
+
+def test_similarities_are_computed_in_blocks(monkeypatch):
+    monkeypatch.setattr("retrieve_ds_t2t._BLOCK_ROWS", 3)
+    rng = np.random.default_rng(0)
+    corpus = rng.integers(-9, 9, (8, 4)).astype(np.float16)
+    classes = rng.integers(-9, 9, (5, 4)).astype(np.float64)
+    expected = corpus.astype(np.float64) @ classes.T
+    np.testing.assert_array_equal(similarities_to(corpus, classes), expected)
