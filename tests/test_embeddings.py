@@ -1335,6 +1335,20 @@ def test_domain_specific_captions(
     pd.testing.assert_frame_equal(again, chosen)
 
 
+def test_similarities_are_those_to_the_class(
+    embed, choose_captions, clap, text_model
+):
+    """Also where another class is nearer, which has enough captions."""
+    save = embed(audio_pathfile=None)
+    similarities = naive_similarities(clap, text_model)
+    chosen = choose_captions(save, sim_threshold=1, min_captions_per_class=2)
+    rows = [CAPTIONS.index(caption) for caption in chosen["caption"]]
+    classes = chosen["class"].map(["dog", "rain"].index).to_numpy()
+    expected = similarities[rows, classes]
+    assert (expected < similarities[rows].max(axis=1) - 0.01).any()
+    np.testing.assert_allclose(chosen["similarity"], expected, atol=2e-3)
+
+
 def chosen_rows(similarities, captions, *limits):
     rows, classes = retrieve_ds_t2t.choose(
         np.array(similarities), pd.Series(list(captions)), *limits

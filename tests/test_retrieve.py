@@ -505,6 +505,15 @@ def test_equal_captions_are_one_in_the_report():
     assert report["frequent_captions"] == [{"caption": "rain", "pairs": 7}]
 
 
+def test_report_tells_what_is_exact():
+    tally = Tally(2)
+    tally.start(0.3)
+    tally.margin = 0.01
+    report = make_report(tally, 9, 0.5, np.zeros(2, int), ["rain", "dog"])
+    assert (report["exact_from"], report["margin"]) == (0.3, 0.01)
+    assert (report["audio_rows"], report["caption_rows"]) == (9, 2)
+
+
 def test_similarities_above_1_are_in_the_last_bin():
     tally = Tally(1)
     tally.start(0.5)
@@ -532,6 +541,12 @@ def test_picture_shows_the_threshold_and_captions_as_they_are(run):
         assert axes.get_yscale() == "log"
         marks = [line.get_xdata()[0] for line in axes.lines]
         assert THRESHOLD in marks
+    for line in curve.lines[:3]:
+        assert line.get_ydata().tolist() == report["curve"][line.get_label()]
+    # The first caption is on top.
+    assert captions.yaxis_inverted()
+    counts = [item["pairs"] for item in report["frequent_captions"]]
+    assert [bar.get_width() for bar in captions.patches] == counts
     labels = [text.get_text() for text in captions.texts]
     pairs = report["frequent_captions"][7]["pairs"]
     assert labels[7] == f"{pairs}   a $5 coin, a $1 coin"
