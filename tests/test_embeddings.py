@@ -133,6 +133,7 @@ def test_rows_are_the_embeddings_of_their_manifest(
         str(world / "7, $x.wav"),
         str(world / "9, $x.wav"),
     ]
+    assert audio.info["skipped"] == 2
     text = open_embeddings(save, "text_insper", "caption")
     assert text.manifest["caption"].tolist() == CAPTIONS
     assert text.manifest["ID"].tolist() == list("abcde")
@@ -493,6 +494,23 @@ def test_what_can_be_read_at_the_end_is_embedded_by_the_next_run(embed, outage):
     assert contents(save) == contents(whole)
     lists = [f / "audio_audioset_skipped.csv" for f in (whole, save)]
     assert lists[0].read_bytes() == lists[1].read_bytes()
+
+
+def test_files_that_can_be_read_at_the_end_are_counted_once(
+    embed, monkeypatch, tmp_path
+):
+    flags = {"windows_per_clip": "all", "text_pathfile": None}
+    with monkeypatch.context() as stopped:
+        stopped.setattr(EmbeddingWriter, "finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            embed(**flags)
+    path = tmp_path / "run" / "save" / "audio_audioset.partial.fate.npy"
+    fates = np.load(path, "r+")
+    fates[-3:] = SKIPPED  # windows of the last file
+    fates.flush()
+    with pytest.raises(RuntimeError, match=r"^1 files .* same command again"):
+        embed(**flags)
+    embed(**flags)
 
 
 def test_all_processes_stop_for_what_can_be_read_at_the_end(
@@ -1356,6 +1374,11 @@ def chosen_rows(similarities, captions, *limits):
     return rows.tolist(), classes.tolist()
 
 
+def test_captions_at_the_threshold_are_kept():
+    similarities = [[0.7, 0.1], [0.2, 0.7], [0.69, 0.6]]
+    assert chosen_rows(similarities, "abc", 0.7, 0) == ([0, 1], [0, 1])
+
+
 def test_classes_without_captions_are_topped_up():
     similarities = [[0.9, 0.1], [0.8, 0.5], [0.2, 0.6], [0.3, 0.4]]
     expected = {
@@ -1378,6 +1401,22 @@ def test_captions_that_are_more_like_another_class_count_for_both():
 def test_captions_too_few_for_all_classes_are_told(caplog):
     chosen_rows([[0.9, 0.1], [0.8, 0.5]], "ab", 0.7, 2)
     assert "per_class=2, with those that reach it: 1 classes" in caplog.text
+
+
+def test_the_table_has_the_best_of_all_captions(caplog):
+    """Also of those that are not kept."""
+    similarities = np.array([[0.9, 0.1], [0.2, 0.6], [0.3, 0.4]])
+    with caplog.at_level("INFO"):
+        retrieve_ds_t2t.report(
+            similarities,
+            np.array([0]),
+            np.array([0]),
+            ["dog", "rain"],
+            pd.Series(list("abc")),
+            0.7,
+        )
+    for line in ("dog 1 0.900 a | c | b", "rain 0 0.600 b | c | a"):
+        assert line in " ".join(caplog.text.split())
 
 
 def test_pairs_of_captions_keep_their_audio(choose_captions, tmp_path):

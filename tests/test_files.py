@@ -15,7 +15,6 @@ from conftest import ROOT
 from dataset.manifest import read_pairs
 from files import (
     alone,
-    is_taken,
     read_lines,
     read_pieces,
     read_table,
@@ -237,14 +236,6 @@ def test_a_lock_ends_with_its_process(tmp_path):
                 pass
         finally:
             os.kill(child, signal.SIGKILL)
-
-
-def test_a_lock_is_taken_while_its_process_has_it(tmp_path):
-    assert not is_taken(tmp_path / "lock")
-    with alone(tmp_path / "lock"):
-        assert is_taken(tmp_path / "lock")
-    (tmp_path / "lock").touch()  # as a killed process leaves it
-    assert not is_taken(tmp_path / "lock")
 
 
 def test_files_are_written_on_disks_without_locks(tmp_path, monkeypatch):

@@ -521,6 +521,21 @@ def test_a_part_of_the_rows_has_its_own_pairs(vectors, naive, rows):
         list(pairs_over(broken, vectors[1], 0.1, rows=rows, **sizes))
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_counts_of_parts_of_the_rows_add_up(vectors, order):
+    whole, together = Tally(200), Tally(200)
+    search(vectors, THRESHOLD, whole, with_report=True, audio_bs=100)
+    together.start(THRESHOLD)
+    for rows in [(0, 100), (100, 300)][::order]:
+        part = Tally(200)
+        sizes = {"audio_bs": 100, "rows": rows}
+        search(vectors, THRESHOLD, part, with_report=True, **sizes)
+        together.absorb(part)
+    assert together.highest == whole.highest
+    for name, counts in whole.curves().items():
+        np.testing.assert_array_equal(together.curves()[name], counts)
+
+
 def test_threads_prepare_what_is_kept_once(vectors, threads, monkeypatch):
     begins = []
 
