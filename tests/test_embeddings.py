@@ -620,7 +620,8 @@ def test_a_store_that_gave_way_is_not_gone_on_with(tmp_path, monkeypatch):
             tmp_path, "x", "caption", 2, 2, settings, replaces=True
         )
         with writer.lock:  # as if its process ended
-            pending, _ = writer.work([[0], [1]], "item", noprogressbar=True)
+            pending, bar = writer.work([[0], [1]], "item", noprogressbar=True)
+            assert (bar.n, bar.total) == (2 - len(pending), 2)
             writer.write([0], torch.ones(1, 2))
             return pending
 
@@ -1265,6 +1266,14 @@ def test_arrays_that_are_no_embeddings(tmp_path, vectors):
         open_embeddings(tmp_path, "x", "wav_path")
 
 
+@pytest.mark.parametrize("rows", [3, 5])
+def test_a_manifest_of_another_length_is_refused(tmp_path, rows):
+    np.save(tmp_path / "x_embeddings.npy", np.eye(4, dtype=np.float32))
+    (tmp_path / "x_files.txt").write_text("a.wav\n" * rows)
+    with pytest.raises(ValueError, match=f"x_files.txt has {rows} rows and"):
+        open_embeddings(tmp_path, "x", "wav_path")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -1565,7 +1574,8 @@ def test_other_captions_replace_the_scripts_own_store(
         assert chosen["caption"].tolist() == [name]
         corpus = open_embeddings(save, "own_t2t_corpus", "caption")
         assert corpus.manifest["caption"].tolist() == [name]
-        assert "text_insper in" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "text_insper in" in printed and "no record" not in printed
 
 
 @pytest.mark.parametrize(

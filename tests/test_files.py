@@ -18,6 +18,7 @@ from files import (
     read_lines,
     read_pieces,
     read_table,
+    take_times,
     write_csv,
     written_whole,
 )
@@ -159,6 +160,22 @@ def test_tables_that_cannot_be_read(tmp_path, content, message):
         read_pairs(str(path), "curation_csv")
 
 
+@pytest.mark.parametrize("text", ["-1", "inf", "nan", "0:30"])
+def test_times_are_seconds_from_0_on(text):
+    table = pd.DataFrame({"start": ["0", "", " ", "1.5"]})
+    take_times(table, "a.csv")
+    np.testing.assert_array_equal(table["start"], [0, np.nan, np.nan, 1.5])
+    table = pd.DataFrame({"end": ["0", "1.5", "0", text]})
+    message = rf"^a\.csv: row 5 has the end '{text}', which is no number"
+    with pytest.raises(ValueError, match=message):
+        take_times(table, "a.csv")
+
+
+def test_lines_keep_their_blanks(tmp_path):
+    (tmp_path / "a").write_text(" a b \n\n \n\tc")
+    assert list(read_lines(tmp_path / "a")) == [" a b ", "\tc"]
+
+
 def test_lists_that_cannot_be_read(tmp_path):
     (tmp_path / "a").write_bytes(b"caf\xe9.wav\n")
     for name in ("a", "b"):
@@ -187,6 +204,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
             write_csv(pd.DataFrame(), path)
         file.write(b"er")
     assert path.read_text() == "newer"
+    absent = tmp_path / "absent" / "a"
+    with pytest.raises(OSError, match=f"^{absent} cannot be written: "):
+        write_csv(pd.DataFrame(), absent)
     # What goes wrong elsewhere keeps its own message.
     with pytest.raises(FileNotFoundError), written_whole(path):
         (tmp_path / "absent").read_text()
