@@ -15,6 +15,7 @@ from conftest import ROOT
 from dataset.manifest import read_pairs
 from files import (
     alone,
+    check_paths,
     read_lines,
     read_pieces,
     read_table,
@@ -158,6 +159,12 @@ def test_tables_that_cannot_be_read(tmp_path, content, message):
     assert str(caught.value).startswith(str(path))
     with pytest.raises(ValueError, match=rf"--curation_csv={path}"):
         read_pairs(str(path), "curation_csv")
+
+
+def test_the_first_row_without_a_path_is_named():
+    table = pd.DataFrame({"wav_path": ["a.wav", " ", "", ""]})
+    with pytest.raises(ValueError, match=r"^a\.csv: row 3 has no wav_path"):
+        check_paths(table, "a.csv")
 
 
 @pytest.mark.parametrize("text", ["-1", "inf", "nan", "0:30"])

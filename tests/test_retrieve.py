@@ -393,13 +393,14 @@ def test_target_pairs_takes_the_lowest_threshold(
 
 
 def test_target_pairs_tells_what_it_overrides_and_counts(run, naive, capsys):
-    edge = min(e for e in EDGES if e >= 0 and (naive >= e).sum() <= 93)
-    rows, _ = run(target_pairs=93)
+    edge = min(e for e in EDGES if e >= 0 and (naive >= e).sum() <= 120)
+    assert edge != THRESHOLD
+    rows, _ = run(target_pairs=120)
     printed = capsys.readouterr().out
     reach = f"=0.4; {len(rows) - 1} pairs reach it"
     assert f"{edge:g}, in place of --sim_threshold{reach}" in printed
     assert "may keep fewer" not in printed
-    assert len(run(target_pairs=93, max_captions_per_audio=1)[0]) < len(rows)
+    assert len(run(target_pairs=120, max_captions_per_audio=1)[0]) < len(rows)
     printed = capsys.readouterr().out
     assert reach in printed
     assert "counts pairs before --max_captions_per_audio" in printed
