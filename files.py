@@ -331,7 +331,8 @@ def check_paths(table, source, first_row=2):
     source : str
         What the message begins with.
     first_row : int
-        Number of its first row; 1 is the header, as a spreadsheet counts.
+        Number of its first row; 1 is the header, as a spreadsheet counts where
+        no lines are empty.
     """
     paths = table["wav_path"]
     empty = np.flatnonzero((paths == "") | paths.str.isspace())

@@ -267,16 +267,37 @@ def choose_precision(precision, device):
     return "bf16" if 1.5 * bf16 < fp32 else "fp32"
 
 
-def precision_of_folder(save_folder):
+def precision_of_folder(save_folder, device):
     """That of the stores there, finished or not; auto if there are none.
 
     A resumed run does not measure again, and may not choose again.
+
+    Arguments
+    ---------
+    save_folder : str
+    device : str
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    SystemExit
+        The device cannot go on in it.
     """
     for stem in (AUDIO, TEXT):
         for path in (f"{stem}.json", f"{stem}.partial.json"):
             path = os.path.join(save_folder, path)
-            if os.path.exists(path):
-                return read_record(path, ("settings",))["settings"]["precision"]
+            if not os.path.exists(path):
+                continue
+            settings = read_record(path, ("settings",))["settings"]
+            if settings["precision"] == "fp16" and device == "cpu":
+                raise SystemExit(
+                    f"{path} is of embeddings in fp16, which needs a GPU: go "
+                    "on with one, or give another --output_folder"
+                )
+            return settings["precision"]
     return "auto"
 
 
@@ -469,7 +490,9 @@ def main(argv):
     )
     precision = hparams["precision"]
     if precision == "auto":
-        precision = precision_of_folder(hparams["save_folder"])
+        precision = precision_of_folder(
+            hparams["save_folder"], run_opts["device"]
+        )
     # One process decides: others might measure otherwise.
     run_opts["precision"] = ddp_broadcast(
         choose_precision(precision, run_opts["device"]), src=0

@@ -983,7 +983,7 @@ def read_captions(path, flag):
         # What is made of these may lie in another folder.
         folder = os.path.abspath(os.path.dirname(path) or ".")
         table["wav_path"] = [
-            p and os.path.normpath(os.path.join(folder, p))
+            os.path.normpath(os.path.join(folder, p)) if p.strip() else ""
             for p in table["wav_path"]
         ]
     return table[[name for name in names if name in table]]

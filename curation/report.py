@@ -32,10 +32,10 @@ def make_report(tally, num_audio, threshold, kept, captions, unit="clips"):
     dict
         For a JSON file. `curve` holds, for each threshold from 0 to 1, the
         pairs that reach it and the clips (or windows, under that name) and
-        captions in them, before limits;
-        from `exact_from` upwards exact, and below up to those pairs that are
-        within `margin` of the threshold. `histogram` has one edge more than
-        counts; what rounding put above 1 is in its last bin.
+        rows of captions in them, before limits; from `exact_from` upwards
+        exact, and below up to those pairs that are within `margin` of the
+        threshold. `histogram` has one edge more than counts; what rounding put
+        above 1 is in its last bin.
     """
     curves = tally.curves()
     pairs = curves["pairs"]

@@ -786,10 +786,17 @@ def test_a_resumed_run_does_not_choose_its_precision_again(embed, monkeypatch):
 @pytest.mark.parametrize("ending", ["json", "partial.json"])
 def test_the_precision_of_a_folder_is_that_of_its_store(tmp_path, stem, ending):
     found = microsoft_curation_toemb.precision_of_folder
-    assert found(tmp_path) == "auto"
-    record = {"settings": {"precision": "bf16"}}
-    (tmp_path / f"{stem}.{ending}").write_text(json.dumps(record))
-    assert found(tmp_path) == "bf16"
+    assert found(tmp_path, "cpu") == "auto"
+    for precision in ("bf16", "fp16"):
+        record = {"settings": {"precision": precision}}
+        (tmp_path / f"{stem}.{ending}").write_text(json.dumps(record))
+        assert found(tmp_path, "cuda:0") == precision
+        if precision == "bf16":
+            assert found(tmp_path, "cpu") == precision
+        else:
+            message = rf"{stem}\.{ending} is of .* fp16, which needs a GPU"
+            with pytest.raises(SystemExit, match=message):
+                found(tmp_path, "cpu")
 
 
 def test_missing_files_are_told_before_the_others_are_embedded(
@@ -1465,9 +1472,10 @@ def test_times_of_captions_are_read_before_they_are_embedded(tmp_path):
 
 
 def test_captions_without_audio_have_no_path(tmp_path):
-    (tmp_path / "x.csv").write_text("caption,wav_path\nrain,\nhail,a.wav\n")
+    lines = "caption,wav_path\nrain,\nsnow, \nhail,a.wav\n"
+    (tmp_path / "x.csv").write_text(lines)
     table = read_captions(tmp_path / "x.csv", "text_pathfile")
-    assert table["wav_path"].tolist() == ["", f"{tmp_path}/a.wav"]
+    assert table["wav_path"].tolist() == ["", "", f"{tmp_path}/a.wav"]
 
 
 def test_equal_captions_count_once_for_a_class():
