@@ -812,6 +812,7 @@ def _index(path, _):
 
 def _ready_csv(path):
     """Pairs of a CSV given with --train_csv_path, with times if it has them."""
+    logger.info("Reading the pairs of %s", path)
     columns = ("wav_path", "caption", "start", "end")
     frame = read_pairs(path, "train_csv_path")
     return frame[[column for column in columns if column in frame]]
@@ -1011,6 +1012,7 @@ def _real(paths):
 
 def _read_curated(curation_csv, data_curation_folder):
     """All pairs of a curation CSV."""
+    logger.info("Reading the pairs of %s", curation_csv)
     pairs = read_pairs(curation_csv, "curation_csv", data_curation_folder)
     pairs["caption"] = [" ".join(c.split()) for c in pairs["caption"]]
     return pairs
