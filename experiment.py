@@ -26,7 +26,6 @@ import multiprocessing
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -387,42 +386,6 @@ def check_numbers(hparams, names, lowest, highest=math.inf, whole=False):
         ):
             kind = "whole number" if whole else "number"
             raise SystemExit(f"--{name}={value}: give a {kind} {limits}")
-
-
-def check_shared_memory(hparams, flag, windows):
-    """Stop a script whose loader processes have no room for their batches.
-
-    They leave them in /dev/shm, which is small in containers.
-
-    Arguments
-    ---------
-    hparams : dict
-        With `num_workers` and `reader`.
-    flag : str
-        What sets the windows in a batch.
-    windows : int
-        How many these are.
-
-    Raises
-    ------
-    SystemExit
-        It says what there is and what is needed.
-    """
-    if not os.path.isdir("/dev/shm"):
-        return
-    num_workers = hparams["num_workers"]
-    # Each reads two batches ahead; torchrun's processes have their own.
-    batches = 2 * num_workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    needed = batches * windows * hparams["reader"].num_samples * 4
-    free = shutil.disk_usage("/dev/shm").free
-    if needed > free:
-        raise SystemExit(
-            f"--num_workers={num_workers}: {batches} batches that are read "
-            f"ahead take {needed / 2**20:.0f} MiB of shared memory, and "
-            f"/dev/shm has {free / 2**20:.0f}. Enlarge it (docker run "
-            "--shm-size=16g), or give fewer processes (0 for none), or a "
-            f"smaller --{flag}"
-        )
 
 
 def check_choice(hparams, name, choices):

@@ -50,7 +50,12 @@ from torch.utils.data import DataLoader
 import experiment
 from dataset.manifest import probe_audio, read_pairs
 from dataset.mixing import MixedBatchSampler
-from dataset.pipelines import PairCollator, PairDataset, window_loader
+from dataset.pipelines import (
+    PairCollator,
+    PairDataset,
+    stacker,
+    window_loader,
+)
 from files import alone, write_csv, write_json, written_whole
 from models.losses import (
     contrastive_loss,
@@ -644,9 +649,6 @@ def check_flags(hparams):
         )
     counts = ["num_workers", "warmup_steps"]
     experiment.check_numbers(vars(hparams), counts, 0, whole=True)
-    experiment.check_shared_memory(
-        vars(hparams), "batch_size", hparams.batch_size
-    )
     experiment.check_numbers(vars(hparams), ["base_lr"], 0)
     experiment.check_numbers(vars(hparams), ["final_lr"], 0, hparams.base_lr)
     fractions = ["curation_prob", "max_bad_audio"]
@@ -713,6 +715,12 @@ def loader_options(brain):
         "persistent_workers": num_workers > 0,
         "pin_memory": brain.device_type == "cuda",
     }
+
+
+def pair_collator(hparams):
+    """What makes the batches of a loader."""
+    stack = stacker(hparams.num_workers, hparams.batch_size, hparams.reader)
+    return PairCollator(hparams.tokenizer, stack)
 
 
 def make_train_loader(brain, manifests):
@@ -786,7 +794,7 @@ def make_train_loader(brain, manifests):
     loader = SaveableDataLoader(
         PairDataset(manifests, hparams.reader, hparams.seed),
         batch_sampler=sampler,
-        collate_fn=PairCollator(hparams.tokenizer),
+        collate_fn=pair_collator(hparams),
         **loader_options(brain),
     )
     brain.checkpointer.add_recoverable("dataloader-TRAIN", loader)
@@ -821,7 +829,7 @@ def make_valid_loader(brain, manifest):
     return DataLoader(
         PairDataset([manifest], hparams.reader, hparams.seed),
         batch_sampler=[batch.tolist() for batch in batches],
-        collate_fn=PairCollator(hparams.tokenizer),
+        collate_fn=pair_collator(hparams),
         **loader_options(brain),
     )
 

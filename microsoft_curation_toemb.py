@@ -51,10 +51,11 @@ from dataset.audio import AudioError
 from dataset.manifest import of_headers
 from dataset.pipelines import (
     CropDataset,
+    WindowCollator,
     WindowDataset,
     batches_of_windows,
-    collate_windows,
     shared_texts,
+    stacker,
 )
 from files import read_lines, read_table, write_csv, written_whole
 from models.packed import pack_weights
@@ -156,7 +157,6 @@ class EmbeddingBrain(sb.Brain):
         batch_size = hparams.audio_bs
         if not on_gpu:
             batch_size = min(batch_size, CPU_BATCH)
-        experiment.check_shared_memory(vars(hparams), "audio_bs", batch_size)
         if hparams.windows_per_clip == "mean":
             batches = batches_of_windows(
                 paths.to_pylist(),
@@ -170,7 +170,9 @@ class EmbeddingBrain(sb.Brain):
         loader = DataLoader(
             windows,
             batch_sampler=pending,
-            collate_fn=collate_windows,
+            collate_fn=WindowCollator(
+                stacker(hparams.num_workers, batch_size, hparams.reader)
+            ),
             num_workers=hparams.num_workers,
             pin_memory=on_gpu,
         )

@@ -258,7 +258,6 @@ def main(argv):
     experiment.take_precision(run_opts)
     experiment.check_numbers(hparams, ["batch_size"], 1, whole=True)
     experiment.check_numbers(hparams, ["num_workers"], 0, whole=True)
-    experiment.check_shared_memory(hparams, "batch_size", hparams["batch_size"])
     experiment.check_prompt(hparams)
     brain = ZeroShotBrain(
         modules={"clap": hparams["clap"]}, hparams=hparams, run_opts=run_opts

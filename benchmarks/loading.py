@@ -13,6 +13,7 @@ scripts make for themselves (B). The samples of both are compared.
 import argparse
 import itertools
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -23,14 +24,20 @@ import pandas as pd
 import soundfile
 import torch
 import torchaudio
+from torch.utils.data import DataLoader
 
 from benchmarks.measure import KEEPING, Row, in_process, machine, show
+from curation.embeddings import batched
 from dataset.audio import AudioReader
+from dataset.pipelines import CropDataset, WindowCollator, stacker
 
 SAMPLE_RATE, DURATION = 44100, 5.0
 LENGTHS = (5, 10, 30)
 FORMATS = ("wav", "flac", "ogg")
 RATES = (16000, 32000, 44100, 48000)
+# Of the loader: windows of a batch, batches of each process before the clock
+# starts and while it runs.
+SIZE, FIRST, TIMED = 64, 4, 16
 
 
 def ordinary(path, start):
@@ -86,6 +93,62 @@ def all_kinds(files, runs):
     return kinds
 
 
+def through_loader(paths, num_workers, num_workers_of_stack):
+    """Seconds a window, and the last batch.
+
+    Arguments
+    ---------
+    paths : list of str
+        Files, which are read again and again.
+    num_workers : int
+        Processes of the loader.
+    num_workers_of_stack : int
+        As many, or none for PyTorch's shared memory.
+
+    Returns
+    -------
+    tuple of float, torch.Tensor
+    """
+    reader = AudioReader(SAMPLE_RATE, DURATION)
+    first = FIRST * num_workers
+    wanted = (first + TIMED * num_workers) * SIZE
+    rows = list(itertools.islice(itertools.cycle(range(len(paths))), wanted))
+    loader = DataLoader(
+        CropDataset(paths, reader),
+        batch_sampler=batched(rows, SIZE),
+        collate_fn=WindowCollator(stacker(num_workers_of_stack, SIZE, reader)),
+        num_workers=num_workers,
+    )
+    batches, copy = iter(loader), torch.empty(SIZE, reader.num_samples)
+    for batch in itertools.islice(batches, first):
+        copy.copy_(batch.windows)
+    begin = time.perf_counter()
+    for batch in batches:
+        copy.copy_(batch.windows)
+    seconds = time.perf_counter() - begin
+    return seconds / (TIMED * num_workers * SIZE), copy
+
+
+def both_loaders(runs):
+    """Median times a window, and the largest difference, as of `measure`."""
+    rng, num_workers = np.random.default_rng(0), os.cpu_count()
+    times, last = {0: [], num_workers: []}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"{folder}/{i}.wav" for i in range(SIZE)]
+        for path in paths:
+            noise = rng.uniform(-0.3, 0.3, 10 * SAMPLE_RATE)
+            soundfile.write(path, noise, SAMPLE_RATE)
+        for _ in range(runs):
+            for of_stack in times:
+                seconds, last[of_stack] = through_loader(
+                    paths, num_workers, of_stack
+                )
+                times[of_stack].append(seconds)
+    before, after = (statistics.median(some) for some in times.values())
+    difference = (last[0] - last[num_workers]).abs().max().item()
+    return {"before": before, "after": after, "difference": difference}
+
+
 def main(argv):
     """Measure each kind of file; returns and prints rows by length."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loading")
@@ -94,13 +157,15 @@ def main(argv):
     parser.add_argument("--side", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.side:
-        print(json.dumps(all_kinds(args.files, args.runs)))
+        kinds = all_kinds(args.files, args.runs)
+        print(json.dumps({"kinds": kinds, "loader": both_loaders(args.runs)}))
         return None
     flags = ["--side", "--files", str(args.files), "--runs", str(args.runs)]
-    plain, keeping = (
-        pd.DataFrame(in_process("benchmarks.loading", flags, environment))
+    sides = [
+        in_process("benchmarks.loading", flags, environment)
         for environment in ({}, KEEPING)
-    )
+    ]
+    plain, keeping = (pd.DataFrame(side["kinds"]) for side in sides)
     print(machine())
     plain["ratio A"] = plain["before"] / plain["after"]
     plain["ratio B"] = keeping["before"] / keeping["after"]
@@ -118,6 +183,17 @@ def main(argv):
                 difference=f"{group['difference'].max():.1e}",
             )
         )
+    loaders = [side["loader"] for side in sides]
+    rows.append(
+        Row(
+            "WAV files through a loader",
+            "shared memory that stays",
+            1 / loaders[1]["after"],
+            "windows/s",
+            *(loader["before"] / loader["after"] for loader in loaders),
+            difference=f"{loaders[1]['difference']:.1e}",
+        )
+    )
     show(rows)
     return rows
 

@@ -2,14 +2,22 @@
 
 import itertools
 import math
+import mmap
+import multiprocessing
 import os
+import weakref
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    default_collate,
+    get_worker_info,
+)
 
 from dataset.audio import AudioError
 from dataset.manifest import of_headers
@@ -19,6 +27,11 @@ from dataset.manifest import of_headers
 _COPYING_THREADS = 4
 # Unreadable clips in a row before a row of the data set is given up.
 _MAX_REPLACEMENTS = 20
+# Batches that each process of a loader reads ahead, if PyTorch is not told.
+_AHEAD = 2
+# The memory of all loaders: in their processes it has the same numbers.
+_memories = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
 @dataclass
@@ -68,6 +81,82 @@ def shared_texts(texts):
     pyarrow.LargeStringArray
     """
     return pa.array(texts, pa.large_string())
+
+
+class SharedWindows:
+    """Stacks windows in memory that a loader shares with its processes.
+
+    PyTorch takes new memory for each batch, whose pages the kernel clears and
+    maps: that takes longer than to read them from a WAV file. It takes it of
+    /dev/shm, of which containers have little. Here the same memory serves all
+    batches; one is there until the next is asked for, or for good if pinned.
+
+    Arguments
+    ---------
+    num_workers : int
+        Processes of the loader, which are forked later.
+    size : int
+        Windows of a batch; PyTorch is left with those that have more.
+    num_samples : int
+        Of a window.
+    """
+
+    def __init__(self, num_workers, size, num_samples):
+        # One that is in use, besides those that wait.
+        shape = (num_workers, _AHEAD + 1, size, num_samples)
+        pages = mmap.mmap(-1, math.prod(shape) * 4)
+        self.memory = torch.frombuffer(pages, dtype=torch.float32).view(shape)
+        self.number = next(_numbers)
+        _memories[self.number] = self.memory
+        self.batches = 0
+
+    def __call__(self, windows):
+        """List of (samples,) -> (windows, samples), once it has arrived."""
+        worker = get_worker_info()
+        if worker is None or len(windows) > self.memory.shape[2]:
+            return default_collate(windows)
+        place = worker.id, self.batches % self.memory.shape[1]
+        self.batches += 1
+        torch.stack(windows, out=self.memory[place][: len(windows)])
+        return _Stacked(self.number, place, len(windows))
+
+
+@dataclass
+class _Stacked:
+    """Windows in shared memory; what is sent arrives as their tensor."""
+
+    number: int
+    place: tuple
+    count: int
+
+    def __reduce__(self):
+        return _windows_at, (self.number, self.place, self.count)
+
+
+def _windows_at(number, place, count):
+    return _memories[number][place][:count]
+
+
+def stacker(num_workers, size, reader):
+    """What puts the windows of a loader's batches together.
+
+    Arguments
+    ---------
+    num_workers : int
+        Processes of the loader.
+    size : int
+        Windows of a batch.
+    reader : dataset.audio.AudioReader
+        Reads them.
+
+    Returns
+    -------
+    callable
+        List of (samples,) -> (windows, samples).
+    """
+    if num_workers and multiprocessing.get_start_method() == "fork":
+        return SharedWindows(num_workers, size, reader.num_samples)
+    return default_collate
 
 
 class PairDataset(Dataset):
@@ -162,10 +251,13 @@ class PairCollator:
     ---------
     tokenize : callable
         List of captions -> dict of tensors.
+    stack : callable
+        Of `stacker`.
     """
 
-    def __init__(self, tokenize):
+    def __init__(self, tokenize, stack=default_collate):
         self.tokenize = tokenize
+        self.stack = stack
 
     def __call__(self, examples):
         """List of examples of `PairDataset` -> PairBatch."""
@@ -173,7 +265,7 @@ class PairCollator:
         for example in examples:
             unreadable |= example["unreadable"]
         return PairBatch(
-            wavs=default_collate([e["wav"] for e in examples]),
+            wavs=self.stack([e["wav"] for e in examples]),
             tokens=self.tokenize([e["caption"] for e in examples]),
             clip_ids=torch.tensor([e["clip_id"] for e in examples]),
             caption_ids=torch.tensor([e["caption_id"] for e in examples]),
@@ -305,19 +397,32 @@ class CropDataset(WindowDataset):
         return window[None], start
 
 
-def collate_windows(examples):
-    """List of items of `WindowDataset` -> WindowBatch."""
-    good = [example[:3] for example in examples if example[1] is not None]
-    rows, windows, starts = zip(*good) if good else ((), (), ())
-    all_windows = [*itertools.chain(*windows)]
-    return WindowBatch(
-        # A loader process puts them into memory that it shares at once.
-        windows=default_collate(all_windows) if good else torch.empty(0),
-        rows=list(rows),
-        counts=[len(w) for w in windows],
-        starts=list(starts),
-        unreadable={row: why for row, _, _, why in examples if why is not None},
-    )
+class WindowCollator:
+    """Makes a `WindowBatch` of items of a `WindowDataset`.
+
+    Arguments
+    ---------
+    stack : callable
+        Of `stacker`.
+    """
+
+    def __init__(self, stack=default_collate):
+        self.stack = stack
+
+    def __call__(self, examples):
+        """List of items -> WindowBatch."""
+        good = [example[:3] for example in examples if example[1] is not None]
+        rows, windows, starts = zip(*good) if good else ((), (), ())
+        all_windows = [*itertools.chain(*windows)]
+        return WindowBatch(
+            windows=self.stack(all_windows) if good else torch.empty(0),
+            rows=list(rows),
+            counts=[len(w) for w in windows],
+            starts=list(starts),
+            unreadable={
+                row: why for row, _, _, why in examples if why is not None
+            },
+        )
 
 
 def window_loader(wav_paths, reader, size, **options):
@@ -340,6 +445,8 @@ def window_loader(wav_paths, reader, size, **options):
         batch_sampler=batches_of_windows(
             wav_paths, reader, size, hides_bar=True
         ),
-        collate_fn=collate_windows,
+        collate_fn=WindowCollator(
+            stacker(options.get("num_workers", 0), size, reader)
+        ),
         **options,
     )

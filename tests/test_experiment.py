@@ -7,10 +7,8 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from hyperpyyaml import load_hyperpyyaml
 
 import experiment
 import microsoft_zeroshot
-from dataset.audio import AudioReader
 
 YAML = """
 data_folder: null
@@ -493,26 +490,6 @@ def test_loaders_are_forked(yaml_file):
         assert multiprocessing.get_start_method() == "fork"
     finally:
         multiprocessing.set_start_method(before, force=True)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="it has no /dev/shm")
-def test_batches_need_shared_memory(monkeypatch):
-    """Six batches of 5 windows of 2**18 samples, in each of two processes."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    hparams = {"reader": AudioReader(2**18, 1), "num_workers": 3}
-    needed = 2 * 6 * 5 * 2**20
-    for free in (needed, needed - 1):
-        usage = types.SimpleNamespace(free=free)
-        monkeypatch.setattr(shutil, "disk_usage", {"/dev/shm": usage}.get)
-        if free == needed:
-            experiment.check_shared_memory(hparams, "audio_bs", 5)
-            continue
-        message = (
-            "12 batches .* 60 MiB .*/dev/shm has 60. .* smaller --audio_bs"
-        )
-        with pytest.raises(SystemExit, match=message):
-            experiment.check_shared_memory(hparams, "audio_bs", 5)
-    experiment.check_shared_memory(hparams | {"num_workers": 0}, "audio_bs", 5)
 
 
 def test_what_a_script_cannot_begin_without(yaml_file, tmp_path, monkeypatch):

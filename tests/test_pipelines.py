@@ -1,20 +1,27 @@
 """From rows to batches, on clips whose samples tell their clip and place."""
 
 import math
+import multiprocessing
 import os
+import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import soundfile
 import torch
+from torch.utils.data import DataLoader, default_collate
 
+from curation.embeddings import batched
 from dataset.audio import AudioError, AudioReader
 from dataset.pipelines import (
     PairCollator,
     PairDataset,
+    SharedWindows,
     WindowBatch,
     batches_of_windows,
+    stacker,
+    window_loader,
 )
 
 CLIPS = "abcd"
@@ -105,6 +112,60 @@ def test_crops_go_by_seed_epoch_and_row(folder):
     _, others = places(dataset(manifest, seed=1), draws)
     # Of 200 among 2001 places, ten are expected to be equal to another one.
     assert len({*begins, *others}) > 170
+
+
+forked = pytest.mark.skipif(
+    multiprocessing.get_start_method() != "fork", reason="memory is not shared"
+)
+
+
+@forked
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_batches_stay_until_the_next_one_is_asked_for(folder, num_workers):
+    """Whatever the loader's processes read meanwhile; the last one is small."""
+    data = dataset(pairs(folder, [(CLIPS[i % 4], str(i)) for i in range(63)]))
+    stack = SharedWindows(num_workers, 5, 1000)
+    begin = stack.memory.data_ptr()
+    loader = DataLoader(
+        data,
+        batch_sampler=[list(rows) for rows in batched(range(63), 5)],
+        collate_fn=PairCollator(lambda captions: {}, stack),
+        num_workers=num_workers,
+        persistent_workers=True,
+    )
+    for _ in range(2):
+        batches = zip(loader, batched(range(63), 5), strict=True)
+        for batch, rows in batches:
+            time.sleep(0.02)
+            expected = torch.stack([data[row]["wav"] for row in rows])
+            assert torch.equal(batch.wavs, expected)
+            place = batch.wavs.data_ptr() - begin
+            assert 0 <= place < 4 * stack.memory.numel()
+
+
+@forked
+def test_windows_that_are_too_many_are_left_to_pytorch(folder, tmp_path):
+    soundfile.write(tmp_path / "long.wav", np.arange(9000.0), 1000, "FLOAT")
+    paths = [f"{tmp_path}/long.wav", f"{tmp_path}/absent.wav"]
+    paths = [f"{folder}/a.wav", *paths, f"{folder}/b.wav"]
+    # Of 3 windows, 9, one that cannot be read, and 3.
+    reader = AudioReader(1000, 1)
+    plain = window_loader(paths, reader, 3)
+    shared = window_loader(paths, reader, 3, num_workers=2)
+    assert isinstance(shared.collate_fn.stack, SharedWindows)
+    assert [len(batch.windows) for batch in plain] == [3, 9, 0, 3]
+    for batch, expected in zip(shared, plain, strict=True):
+        assert torch.equal(batch.windows, expected.windows)
+        assert batch.rows == expected.rows
+        assert batch.counts == expected.counts
+        assert batch.unreadable == expected.unreadable
+
+
+def test_memory_is_shared_with_processes_that_are_forked(monkeypatch):
+    reader = AudioReader(1000, 1)
+    assert stacker(0, 5, reader) is default_collate
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda: "spawn")
+    assert stacker(2, 5, reader) is default_collate
 
 
 def test_positives_are_equal_clips_and_captions(folder):
