@@ -99,12 +99,25 @@ class SharedWindows:
         Windows of a batch; PyTorch is left with those that have more.
     num_samples : int
         Of a window.
+
+    Raises
+    ------
+    OSError
+        The machine has not so much memory.
     """
 
     def __init__(self, num_workers, size, num_samples):
         # One that is in use, besides those that wait.
         shape = (num_workers, _AHEAD + 1, size, num_samples)
-        pages = mmap.mmap(-1, math.prod(shape) * 4)
+        num_bytes = math.prod(shape) * 4
+        try:
+            pages = mmap.mmap(-1, num_bytes)
+        except OSError as error:
+            raise OSError(
+                f"--num_workers={num_workers}: what they read ahead in batches "
+                f"of {size} windows takes {num_bytes / 1e9:.1f} GB of memory "
+                f"({error}). Give fewer, or smaller batches"
+            ) from error
         self.memory = torch.frombuffer(pages, dtype=torch.float32).view(shape)
         self.number = next(_numbers)
         _memories[self.number] = self.memory

@@ -161,6 +161,12 @@ def test_windows_that_are_too_many_are_left_to_pytorch(folder, tmp_path):
         assert batch.unreadable == expected.unreadable
 
 
+def test_more_memory_than_there_is_is_told():
+    message = r"--num_workers=2000000: .* 7 windows takes 168000000\.0 GB of"
+    with pytest.raises(OSError, match=message):
+        SharedWindows(2000000, 7, 10**9)
+
+
 def test_memory_is_shared_with_processes_that_are_forked(monkeypatch):
     reader = AudioReader(1000, 1)
     assert stacker(0, 5, reader) is default_collate
