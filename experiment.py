@@ -119,6 +119,11 @@ def start(argv, needs, required=None, refused=None, keeps_memory=True):
     SystemExit
         The command line is wrong; the message says what and names the flag.
     """
+    if sys.flags.optimize > 1:
+        raise SystemExit(
+            "Python leaves docstrings out, which libraries read: unset "
+            "PYTHONOPTIMIZE, or start it without -OO"
+        )
     if keeps_memory:
         keep_freed_memory()
     else:
@@ -144,7 +149,15 @@ def start(argv, needs, required=None, refused=None, keeps_memory=True):
         if not keys[key]:
             raise SystemExit(f"Give --{key}: {advice}")
     run_opts = fit_to_device(run_opts)
-    ddp_init_group(RunOptions.from_dictionary(run_opts))
+    try:
+        ddp_init_group(RunOptions.from_dictionary(run_opts))
+    except ValueError as error:
+        # torchrun sets them all, but a cluster, or a shell within a job, some.
+        raise SystemExit(
+            "RANK and LOCAL_RANK are set, as for one process of several, but "
+            f"not all that goes with them. Unset them, or start by torchrun "
+            f"({error})"
+        ) from error
     same_command = name_output_folder(hparams_file, overrides)
     _check_folder(overrides.get("output_folder"), needs)
     _quote_texts(overrides)
@@ -174,6 +187,11 @@ def start(argv, needs, required=None, refused=None, keeps_memory=True):
     if run_opts.pop("compile", False):
         compile_networks(hparams, run_opts.pop("compile_mode", None))
     folder = hparams["output_folder"]
+    _check_place(folder)
+    if if_main_process():
+        # SpeechBrain's copy of an earlier command may be read-only.
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, os.path.basename(__file__)))
     sb.create_experiment_directory(folder, save_env_desc=False)
     hparams["write_records"] = functools.partial(
         _write_records, folder, argv[0], hparams_file, overrides
@@ -249,7 +267,10 @@ def _say_errors_shortly(log):
             say_whole(kind, error, traceback)
             return
         logger.debug("Exception:", exc_info=(kind, error, traceback))
-        logger.error("%s: %s (traceback: %s)", kind.__name__, error, log)
+        text = str(error)
+        if re.match(r"DataLoader worker .* killed by signal: Killed", text):
+            text += "Most likely for want of memory: give fewer --num_workers"
+        logger.error("%s: %s (traceback: %s)", kind.__name__, text, log)
 
     sys.excepthook = say
 
@@ -862,7 +883,7 @@ def _flags(tokens, defaults):
 
 def _value_of(key, text, default):
     """A flag's value, in the kind of its default; None if it is empty."""
-    text = _at_home(key, text)
+    text = _located(key, text)
     if _REFERENCE.search(text):
         raise SystemExit(
             f"--{key}={text}: <...> stands for another key in YAML files; "
@@ -881,12 +902,16 @@ def _is_path(key):
     return key.endswith(_PATH_SUFFIXES)
 
 
-def _at_home(key, text):
+def _located(key, text):
     """A path with the user's folder for ~, which a shell leaves after "="."""
     may_be = _is_path(key) or key in ("output_base", "text_model")
-    if may_be and text.partition("/")[0] == "~":
-        return os.path.expanduser(text)
-    return text
+    if not may_be:
+        return text
+    if text.partition("/")[0] == "~":
+        text = os.path.expanduser(text)
+    # Where it goes up from behind a link, which libraries lose.
+    plain, real = os.path.normpath(text), os.path.realpath(text)
+    return text if os.path.realpath(plain) == real else real
 
 
 def _parse_value(key, text):
@@ -965,15 +990,7 @@ def _check_folder(folder, needs):
     """
     if folder is None:
         return
-    above = os.path.abspath(folder)
-    while not os.path.lexists(above):
-        above = os.path.dirname(above)
-    if not os.path.isdir(above):
-        raise SystemExit(f"--output_folder={folder}: {above} is no folder")
-    if not os.access(above, os.W_OK):
-        raise SystemExit(
-            f"--output_folder={folder}: {above} may not be written to"
-        )
+    _check_place(folder)
     # Here, since pyarrow comes with it, which begins a store of memory.
     from files import is_taken
 
@@ -993,6 +1010,19 @@ def _check_folder(folder, needs):
                 f"--output_folder={folder} is that of a training run, whose "
                 "records would be lost: give another one"
             )
+
+
+def _check_place(folder):
+    """Stop if a folder, given or derived, cannot be made or written to."""
+    above = os.path.abspath(folder)
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above):
+        raise SystemExit(f"--output_folder={folder}: {above} is no folder")
+    if not os.access(above, os.W_OK):
+        raise SystemExit(
+            f"--output_folder={folder}: {above} may not be written to"
+        )
 
 
 def _run_option(key, value, default):

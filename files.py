@@ -372,6 +372,34 @@ def take_times(table, source, first_row=2):
         table[name] = seconds[which]
 
 
+def path_in(folder, path):
+    """A path that starts in a folder, unless it is absolute, in one spelling.
+
+    Arguments
+    ---------
+    folder : str
+        Absolute.
+    path : str
+
+    Returns
+    -------
+    str
+        Where it has `..` behind a link to a folder, that is the folder above
+        the one the link leads to, as for the system.
+    """
+    path = os.path.join(folder, path)
+    if ".." not in path.split(os.sep):
+        return os.path.normpath(path)
+    above, name = os.path.split(path)
+    return os.path.join(_in_one_spelling(above), name)
+
+
+@functools.lru_cache(maxsize=2**16)
+def _in_one_spelling(folder):
+    plain, real = os.path.normpath(folder), os.path.realpath(folder)
+    return plain if os.path.realpath(plain) == real else real
+
+
 def read_lines(path):
     """Lines of a UTF-8 text file that are not blank.
 

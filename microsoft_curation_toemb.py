@@ -57,7 +57,13 @@ from dataset.pipelines import (
     shared_texts,
     stacker,
 )
-from files import read_lines, read_table, write_csv, written_whole
+from files import (
+    path_in,
+    read_lines,
+    read_table,
+    write_csv,
+    written_whole,
+)
 from models.packed import pack_weights
 from models.weights import state_hash
 from models.zeroshot import clip_embeddings, text_embeddings
@@ -453,8 +459,7 @@ def read_audio_list(path):
     folder = os.path.dirname(os.path.abspath(path))
     try:
         listed = shared_texts(
-            os.path.normpath(os.path.join(folder, line.strip()))
-            for line in read_lines(path)
+            path_in(folder, line.strip()) for line in read_lines(path)
         )
     except ValueError as error:
         raise ValueError(f"--audio_pathfile={error}") from error

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from files import (
     alone,
     check_paths,
+    path_in,
     read_lines,
     read_pieces,
     read_table,
@@ -284,8 +285,7 @@ def _kept_manifest(path, column, folder):
                 is_relative = ~piece[column].str.startswith("/")
                 if is_relative.any():
                     piece.loc[is_relative, column] = [
-                        os.path.normpath(os.path.join(base, p))
-                        for p in piece.loc[is_relative, column]
+                        path_in(base, p) for p in piece.loc[is_relative, column]
                     ]
             yield piece
 
@@ -983,8 +983,7 @@ def read_captions(path, flag):
         # What is made of these may lie in another folder.
         folder = os.path.abspath(os.path.dirname(path) or ".")
         table["wav_path"] = [
-            os.path.normpath(os.path.join(folder, p)) if p.strip() else ""
-            for p in table["wav_path"]
+            path_in(folder, p) if p.strip() else "" for p in table["wav_path"]
         ]
     return table[[name for name in names if name in table]]
 

@@ -6,6 +6,7 @@ samples are those of the whole file resampled and cut, to the last bit or two
 of the rounding.
 """
 
+import errno
 import fractions
 import functools
 import math
@@ -40,6 +41,10 @@ _MP3_BEFORE = 16 * 1152
 _ENDLESS = 2**63 - 1
 
 
+# What is said of a file that is not there.
+MISSING = "is missing"
+
+
 class AudioError(Exception):
     """An audio file that cannot be used; the message is the reason."""
 
@@ -61,6 +66,8 @@ def open_audio(path):
     AudioError
         The file is missing, is not audio, holds no samples, or does not tell
         its length.
+    OSError
+        The process has too many files open, or too little memory.
     """
     try:
         file = soundfile.SoundFile(path)
@@ -80,10 +87,17 @@ def open_audio(path):
 
 def _why_not_opened(path, error):
     """The reason that libsndfile's error stands for, where it is known."""
-    if not os.path.exists(path):
-        return "is missing"
-    if os.path.isdir(path):
+    try:
+        open(path, "rb").close()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return MISSING
+    except IsADirectoryError:
         return "is a folder"
+    except OSError as reason:
+        # That is no fault of the file's.
+        if reason.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
+        return f"cannot be opened: {reason.strerror}"
     if path.lower().endswith(UNREAD_SUFFIXES):
         return (
             "is in a format that is not read: convert it to one of "

@@ -13,8 +13,8 @@ from multiprocessing.pool import ThreadPool
 import pandas as pd
 from tqdm import tqdm
 
-from dataset.audio import AudioError, probe_seconds
-from files import check_paths, read_table, take_times
+from dataset.audio import MISSING, AudioError, probe_seconds
+from files import check_paths, path_in, read_table, take_times
 
 # Headers wait for the disk, not the processor.
 _THREADS = 16
@@ -64,7 +64,7 @@ def read_pairs(path, flag=None, audio_folder=None):
     folder = os.path.abspath(audio_folder or os.path.dirname(path) or ".")
     # One spelling of a path, or one recording could count as two.
     which, paths = pd.factorize(frame["wav_path"])
-    paths = [os.path.normpath(os.path.join(folder, path)) for path in paths]
+    paths = [path_in(folder, path) for path in paths]
     frame["wav_path"] = pd.Series(paths, dtype="str").take(which).array
     first = ["ID", "wav_path", "caption"]
     return frame[first + [c for c in frame.columns if c not in first]]
@@ -104,12 +104,10 @@ def probe_audio(paths, hides_bar=False):
     """
 
     def probe(path):
-        if not os.path.exists(path):
-            return "missing"
         try:
             return probe_seconds(path)
         except AudioError as error:
-            return str(error)
+            return "missing" if str(error) == MISSING else str(error)
 
     paths = list(dict.fromkeys(paths))
     results = of_headers(probe, paths, hides_bar or len(paths) < 1000)

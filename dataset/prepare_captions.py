@@ -39,7 +39,7 @@ import yaml
 
 from dataset.audio import AUDIO_SUFFIXES, UNREAD_SUFFIXES
 from dataset.manifest import of_headers, probe_audio, read_pairs
-from files import read_table, write_csv, write_json
+from files import path_in, read_table, write_csv, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -804,7 +804,7 @@ def _index(path, _):
                 f"{path}, line {line}: not path<TAB>caption (several captions "
                 "in quotes, a line each)"
             )
-        wav_path = os.path.normpath(os.path.join(folder, cells[0]))
+        wav_path = path_in(folder, cells[0])
         captions = cells[1].strip().split("\n")
         pairs += [(wav_path, caption) for caption in captions]
     return _pairs_frame(pairs)

@@ -1,7 +1,9 @@
 """Windows equal those of the whole file, decoded and resampled at once."""
 
+import errno
 import itertools
 import math
+import os
 
 import numpy as np
 import pytest
@@ -279,6 +281,24 @@ def test_the_reason_why_a_file_cannot_be_opened(tmp_path):
     ):
         with pytest.raises(AudioError, match=reason):
             open_audio(str(tmp_path / name))
+
+
+def test_what_the_system_refuses_is_told(tmp_path, monkeypatch):
+    """And ends a run where that is no fault of the file's."""
+    (tmp_path / "a.wav").write_text("no audio")
+
+    def refuse(code):
+        def refused(*_):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr("builtins.open", refused)
+
+    refuse(errno.EACCES)
+    with pytest.raises(AudioError, match="^cannot be opened: Permission den"):
+        open_audio(str(tmp_path / "a.wav"))
+    refuse(errno.EMFILE)
+    with pytest.raises(OSError, match="Too many open files"):
+        open_audio(str(tmp_path / "a.wav"))
 
 
 def test_flac_of_unknown_length(tmp_path):

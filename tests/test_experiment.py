@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -257,7 +258,7 @@ def test_two_spaces_in_a_path(tmp_path, monkeypatch, length):
 def test_objects_that_cannot_be_made(tmp_path):
     path = f"{ROOT}/hparams/esc/microsoft_zeroshot.yaml"
     flags = ["--clap={fmax: 9}", f"--output_folder={tmp_path}/x"]
-    message = f"^{path} with these flags: fmin=50, fmax=9: give"
+    message = f"^{re.escape(path)} with these flags: fmin=50, fmax=9: give"
     with pytest.raises(SystemExit, match=message):
         experiment.start([path, *flags], needs="folds")
 
@@ -300,6 +301,9 @@ def test_errors_of_a_user_end_in_a_line(tmp_path, monkeypatch, capsys):
         assert f"{type(given).__name__}: {given}" in said
     log = (tmp_path / "run" / "log.txt").read_text()
     assert log.count("Traceback (most recent call last)") == 4
+    killed = "DataLoader worker (pid 7) is killed by signal: Killed. "
+    sys.excepthook(RuntimeError, RuntimeError(killed), None)
+    assert f"{killed}Most likely for want of memory" in capsys.readouterr().out
 
 
 def test_folders_that_a_run_cannot_have(tmp_path, monkeypatch):
@@ -320,6 +324,47 @@ def test_folders_that_a_run_cannot_have(tmp_path, monkeypatch):
     message = f"=a/b: {tmp_path} may not be written to"
     with pytest.raises(SystemExit, match=message):
         experiment.start(["h.yaml", "--output_folder=a/b"], "needed")
+    # Nor is it one that is derived.
+    message = f"=x: {tmp_path} may not be written to"
+    with pytest.raises(SystemExit, match=message):
+        experiment.start(["h.yaml"], "needed")
+
+
+def test_a_copy_of_the_code_is_replaced(tmp_path, monkeypatch):
+    """Of a read-only installation it is read-only too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "h.yaml").write_text("output_folder: run\nneeded: 1\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run" / "experiment.py").symlink_to(tmp_path / "mine")
+    experiment.start(["h.yaml"], "needed")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "run" / "experiment.py").is_symlink()
+
+
+def test_what_a_script_cannot_run_in(yaml_file, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit, match="^RANK and LOCAL_RANK are set"):
+        experiment.start([yaml_file], "seed")
+    monkeypatch.setattr(sys, "flags", types.SimpleNamespace(optimize=2))
+    with pytest.raises(SystemExit, match="unset PYTHONOPTIMIZE"):
+        experiment.start([yaml_file], "seed")
+
+
+def test_paths_lead_where_the_system_says(yaml_file, tmp_path):
+    (tmp_path / "real" / "data").mkdir(parents=True)
+    (tmp_path / "real" / "b").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "data")
+    for given, expected in (
+        ("link/../b", f"{tmp_path}/real/b"),
+        ("real/../link", "real/../link"),
+        ("link/", "link/"),
+    ):
+        _, overrides = parse(yaml_file, f"--data_folder={given}")
+        assert overrides["data_folder"] == expected
 
 
 def test_a_file_of_another_script_is_told_before_flags(yaml_file):

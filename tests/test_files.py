@@ -16,6 +16,7 @@ from dataset.manifest import read_pairs
 from files import (
     alone,
     check_paths,
+    path_in,
     read_lines,
     read_pieces,
     read_table,
@@ -189,6 +190,20 @@ def test_lists_that_cannot_be_read(tmp_path):
         with pytest.raises(ValueError, match=f"{name} cannot be read") as why:
             list(read_lines(tmp_path / name))
         assert str(why.value).endswith("as UTF-8") == (name == "a")
+
+
+def test_paths_go_up_as_the_system_does(tmp_path):
+    (tmp_path / "real" / "lists").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "lists")
+    for folder, path, expected in (
+        ("link", "../a.wav", "real/a.wav"),
+        ("link", "b/../a.wav", "link/a.wav"),
+        ("real/lists", "../a.wav", "real/a.wav"),
+        ("link", "./b//a.wav", "link/b/a.wav"),
+        ("link", f"{tmp_path}/link/../a.wav", "real/a.wav"),
+    ):
+        found = path_in(f"{tmp_path}/{folder}", path)
+        assert found == f"{tmp_path}/{expected}"
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
