@@ -29,6 +29,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 
 import ruamel.yaml
@@ -82,6 +83,8 @@ _NO_OPTIONS = ("param_file", "overridden_args")
 _REFERENCE = re.compile("<[^<>]+>")
 # How the copy of a YAML file in a run's folder begins, as SpeechBrain's.
 _RECORD = "# Generated "
+# Seconds until the wait for other processes is told.
+_PATIENCE = 20
 # Texts that mean nothing: YAML's, and Python's.
 _NULLS = ("", "~", "null", "Null", "NULL", "None")
 
@@ -149,15 +152,7 @@ def start(argv, needs, required=None, refused=None, keeps_memory=True):
         if not keys[key]:
             raise SystemExit(f"Give --{key}: {advice}")
     run_opts = fit_to_device(run_opts)
-    try:
-        ddp_init_group(RunOptions.from_dictionary(run_opts))
-    except ValueError as error:
-        # torchrun sets them all, but a cluster, or a shell within a job, some.
-        raise SystemExit(
-            "RANK and LOCAL_RANK are set, as for one process of several, but "
-            f"not all that goes with them. Unset them, or start by torchrun "
-            f"({error})"
-        ) from error
+    _join_processes(run_opts)
     same_command = name_output_folder(hparams_file, overrides)
     _check_folder(overrides.get("output_folder"), needs)
     _quote_texts(overrides)
@@ -212,6 +207,36 @@ def start(argv, needs, required=None, refused=None, keeps_memory=True):
     if if_main_process():
         _say_errors_shortly(os.path.join(folder, "log.txt"))
     return hparams, run_opts
+
+
+def _join_processes(run_opts):
+    """Join the process group, if the environment says that there is one.
+
+    torchrun sets what it takes; a cluster, or a shell within a job, may have
+    set some of it for a process that is meant to be alone.
+    """
+    waiting = threading.Timer(
+        _PATIENCE,
+        logger.warning,
+        (
+            "Still waiting for the others of WORLD_SIZE=%s processes. For one "
+            "alone, unset RANK and LOCAL_RANK",
+            os.environ.get("WORLD_SIZE"),
+        ),
+    )
+    waiting.start()
+    try:
+        ddp_init_group(RunOptions.from_dictionary(run_opts))
+    except ValueError as error:
+        raise SystemExit(
+            "RANK and LOCAL_RANK are set, as for one process of several, but "
+            "not all that goes with them. Unset them, or start by torchrun "
+            f"({error})"
+        ) from error
+    finally:
+        waiting.cancel()
+        # A thread that still ends would be in the way of a fork.
+        waiting.join()
 
 
 def compile_networks(hparams, mode):

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -352,6 +353,18 @@ def test_what_a_script_cannot_run_in(yaml_file, monkeypatch):
     monkeypatch.setattr(sys, "flags", types.SimpleNamespace(optimize=2))
     with pytest.raises(SystemExit, match="unset PYTHONOPTIMIZE"):
         experiment.start([yaml_file], "seed")
+
+
+def test_a_wait_for_other_processes_is_told(monkeypatch, caplog):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for patience, told in ((0, True), (60, False)):
+        caplog.clear()
+        monkeypatch.setattr(experiment, "_PATIENCE", patience)
+        monkeypatch.setattr(
+            experiment, "ddp_init_group", lambda _: time.sleep(0.2)
+        )
+        experiment._join_processes({})
+        assert ("the others of WORLD_SIZE=3 processes" in caplog.text) == told
 
 
 def test_paths_lead_where_the_system_says(yaml_file, tmp_path):
