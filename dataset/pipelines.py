@@ -419,7 +419,7 @@ class WindowCollator:
         Of `stacker`.
     """
 
-    def __init__(self, stack=default_collate):
+    def __init__(self, stack):
         self.stack = stack
 
     def __call__(self, examples):
