@@ -226,7 +226,7 @@ def largest_batch(step):
     int
     """
     fits, size, fails = 1, 512, None
-    while fails is None or fails - fits > fits // 32:
+    while fails is None or fails - fits > max(1, fits // 32):
         try:
             step(size)
         except torch.OutOfMemoryError:

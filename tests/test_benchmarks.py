@@ -48,6 +48,19 @@ def test_steps_begin_with_the_loss_of_clip(world, clap, text_model):
     assert run["loss"] == pytest.approx(sum(losses).item() / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("fits", [1, 2, 31, 511, 848, 5000])
+def test_the_largest_batch_is_found_to_3_percent(fits):
+    sizes = []
+
+    def train(size):
+        sizes.append(size)
+        assert len(sizes) < 30
+        if size > fits:
+            raise torch.OutOfMemoryError
+
+    assert 0.96 * fits <= step.largest_batch(train) <= fits
+
+
 def test_what_is_embedded_are_the_clips_and_captions(world, clap, text_model):
     embed.ours(str(world), "fp32")
     stores = {
