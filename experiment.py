@@ -228,10 +228,16 @@ def _join_processes(run_opts):
     try:
         ddp_init_group(RunOptions.from_dictionary(run_opts))
     except ValueError as error:
+        others = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in others if name not in os.environ]
+        if not missing:
+            raise SystemExit(
+                "This process cannot join those that torchrun started: "
+                f"{' '.join(str(error).split())}"
+            ) from error
         raise SystemExit(
             "RANK and LOCAL_RANK are set, as for one process of several, but "
-            "not all that goes with them. Unset them, or start by torchrun "
-            f"({error})"
+            f"not {', '.join(missing)}. Unset them, or start by torchrun"
         ) from error
     finally:
         waiting.cancel()

@@ -348,8 +348,15 @@ def test_what_a_script_cannot_run_in(yaml_file, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(SystemExit, match="^RANK and LOCAL_RANK are set"):
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    told = "^RANK and LOCAL_RANK are set, .* not WORLD_SIZE, MASTER_ADDR. Unset"
+    with pytest.raises(SystemExit, match=told):
         experiment.start([yaml_file], "seed")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    flags = [yaml_file, "--distributed_backend=nccl"]
+    with pytest.raises(SystemExit, match="torchrun started: .*enough GPUs"):
+        experiment.start(flags, "seed")
     monkeypatch.setattr(sys, "flags", types.SimpleNamespace(optimize=2))
     with pytest.raises(SystemExit, match="unset PYTHONOPTIMIZE"):
         experiment.start([yaml_file], "seed")
